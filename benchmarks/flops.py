@@ -1,0 +1,121 @@
+"""Counts: floating-point operations in two conventions, least bytes, and the bare matrix products at the same shapes.
+
+A multiply and an add are two operations. Per token and layer the Linear layers take 24 D^2 (at mlp_ratio 4), and the
+two attention products 4 n D.
+
+    published   Linear and Conv3d only, attention left out, as the masked-ensemble literature counts
+    true        everything that multiplies matrices, attention included
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmfast.config import ViTConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one clip's ensemble."""
+
+    linear: int
+    attention: int
+
+    @property
+    def published(self) -> int:
+        return self.linear
+
+    @property
+    def true(self) -> int:
+        return self.linear + self.attention
+
+
+def patch_dim(config: "ViTConfig") -> int:
+    return config.in_chans * config.tubelet_size * config.patch_size**2
+
+
+def count(config: "ViTConfig", n: int, views: int, embedded: int | None = None) -> Flops:
+    """Operations of one clip: `views` sequences of n kept tokens.
+
+    embedded: tokens the patch embedding multiplies per view; the published path embeds the full grid, so that is the
+    default. A path that gathers first passes n.
+    """
+    D = config.embed_dim
+    embedded = config.num_tokens if embedded is None else embedded
+    per_token = 2 * D * (3 * D + D) + 2 * 2 * D * config.mlp_dim
+    linear = 2 * embedded * patch_dim(config) * D + config.depth * n * per_token + 2 * D * config.num_classes
+    return Flops(linear=views * linear, attention=views * config.depth * 4 * n * n * D)
+
+
+def least_bytes(config: "ViTConfig", sequences: int, n: int, itemsize: int, pixel_itemsize: int = 1) -> int:
+    """Bytes that a path with one kernel an op has to move: every op reads its inputs once and writes its output once.
+
+    Per token and layer in units of D elements: LN 2, QKV 4, attention 4, projection and residual 3, LN 2, fc1 and GELU
+    1 + r, fc2 and residual r + 2, with r = mlp_ratio. Weights are read once a batch.
+    """
+    D, tokens = config.embed_dim, sequences * n
+    ratio = config.mlp_dim / D
+    activations = int(tokens * config.depth * (18 + 2 * ratio) * D) * itemsize
+    weights = D * patch_dim(config) + config.depth * (4 * D * D + 2 * D * config.mlp_dim) + D * config.num_classes
+    embed = tokens * (patch_dim(config) * pixel_itemsize + D * itemsize)
+    return activations + weights * itemsize + embed
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Random, not zero: a GPU multiplies zeros measurably faster.
+    return torch.randn(shape, device=device, dtype=torch.float32).mul_(0.05).to(dtype)
+
+
+def bare_products(
+    config: "ViTConfig",
+    sequences: int,
+    n: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    embedded: int | None = None,
+    attention: bool = True,
+) -> Callable[[], None]:
+    """A callable that runs the ensemble's matrix products and nothing else, into buffers made beforehand.
+
+    sequences: views of all clips. embedded: tokens embedded per sequence, n unless told. attention: with the two
+    attention products, a sequence at a time so that the scores stay in cache (on a GPU they would not: leave them out
+    there and add their operations at the measured matrix-product rate).
+    """
+    device = torch.device(device)
+    D, H, hidden = config.embed_dim, config.num_heads, config.mlp_dim
+    rows = sequences * n
+    patches = sequences * (n if embedded is None else embedded)
+
+    def make(*shape: int) -> Tensor:
+        return _random(*shape, device=device, dtype=dtype)
+
+    # A Linear's weight is stored [out, in]; .t() gives the product the layout that the model runs.
+    shapes = {"qkv": (D, 3 * D), "proj": (D, D), "fc1": (D, hidden), "fc2": (hidden, D)}
+    weights = {name: make(wide, narrow).t() for name, (narrow, wide) in shapes.items()}
+    inputs = {D: make(rows, D), hidden: make(rows, hidden)}
+    outputs = {name: make(rows, wide) for name, (_, wide) in shapes.items()}
+    pixels, embed_weight = make(patches, patch_dim(config)), make(D, patch_dim(config)).t()
+    embed_out = make(patches, D)
+    pooled, head, logits = make(sequences, D), make(config.num_classes, D).t(), make(sequences, config.num_classes)
+    q, k, v = (make(sequences, H, n, D // H) for _ in range(3))
+    scores, mixed = make(H, n, n), make(H, n, D // H)
+
+    def run() -> None:
+        torch.mm(pixels, embed_weight, out=embed_out)
+        for _ in range(config.depth):
+            torch.mm(inputs[D], weights["qkv"], out=outputs["qkv"])
+            if attention:
+                for s in range(sequences):
+                    torch.bmm(q[s], k[s].transpose(1, 2), out=scores)
+                    torch.bmm(scores, v[s], out=mixed)
+            torch.mm(inputs[D], weights["proj"], out=outputs["proj"])
+            torch.mm(inputs[D], weights["fc1"], out=outputs["fc1"])
+            torch.mm(inputs[hidden], weights["fc2"], out=outputs["fc2"])
+        torch.mm(pooled, head, out=logits)
+
+    return run

@@ -1,0 +1,110 @@
+// The table of what Python may call. Tensors arrive as addresses; the Python side keeps them alive and checks their types.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "gather.h"
+#include "pack.h"
+#include "philox.h"
+#include "sampler.h"
+#ifdef MMFAST_WITH_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is none
+using Five = std::array<int64_t, 5>;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
+  const mmfast::Words4 out = mmfast::philox4x32_10({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
+  return {out.word[0], out.word[1], out.word[2], out.word[3]};
+}
+
+mmfast::Video video_at(Address data, int type, const Five& size, const Five& stride) {
+  mmfast::Video video{at<void>(data), mmfast::Pixel(type), {}, {}};
+  std::copy(size.begin(), size.end(), video.size);
+  std::copy(stride.begin(), stride.end(), video.stride);
+  return video;
+}
+
+void sample_keep(Address clip_ids, int64_t batch, int32_t views, int32_t slots, int32_t cells, int32_t keep,
+                 uint64_t seed, bool per_slot, Address keep_idx, int threads) {
+  mmfast::sample_keep(at<int64_t>(clip_ids), {batch, views, slots, cells, keep, seed, per_slot}, at<int32_t>(keep_idx),
+                      threads);
+}
+
+void gather_tubes(Address video, int video_type, const Five& size, const Five& stride, Address token, Address clip,
+                  int64_t count, int32_t tubelet, int32_t patch, Address rows, int rows_type, Address scale,
+                  Address shift, int threads) {
+  mmfast::gather_tubes(video_at(video, video_type, size, stride),
+                       {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
+                       {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, threads);
+}
+
+int64_t union_rows(Address keep_idx, int64_t tokens, Address cu_seqlens, int64_t sequences, int64_t views,
+                   Address union_idx, Address union_clip, Address row_of) {
+  return mmfast::union_rows(at<int32_t>(keep_idx), tokens, at<int32_t>(cu_seqlens), sequences, views,
+                            at<int32_t>(union_idx), at<int32_t>(union_clip), at<int32_t>(row_of));
+}
+
+#ifdef MMFAST_WITH_CUDA
+void sample_keep_cuda(Address clip_ids, int64_t batch, int32_t views, int32_t slots, int32_t cells, int32_t keep,
+                      uint64_t seed, bool per_slot, Address keep_idx, Address stream) {
+  mmfast::sample_keep_cuda(at<int64_t>(clip_ids), {batch, views, slots, cells, keep, seed, per_slot},
+                           at<int32_t>(keep_idx), at<void>(stream));
+}
+
+void gather_tubes_cuda(Address video, int video_type, const Five& size, const Five& stride, Address token, Address clip,
+                       int64_t count, int32_t tubelet, int32_t patch, Address rows, int rows_type, Address scale,
+                       Address shift, Address stream) {
+  mmfast::gather_tubes_cuda(video_at(video, video_type, size, stride),
+                            {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
+                            {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)},
+                            at<void>(stream));
+}
+#endif
+
+std::string build_info() {
+  std::string info = "host " MMFAST_HOST_COMPILER;
+#ifdef MMFAST_WITH_CUDA
+  return info + ", " + mmfast::cuda_compiler() + " for " + mmfast::cuda_archs();
+#else
+  return info + ", no CUDA";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.doc() = "C++ and CUDA routines of mmfast on raw addresses; mmfast_kernels.sampling and .gather are their front.";
+  m.def("philox4x32_10", &philox, no_gil);
+  m.def("sample_keep", &sample_keep, no_gil);
+  m.def("gather_tubes", &gather_tubes, no_gil);
+  m.def("union_rows", &union_rows, no_gil);
+  m.def("build_info", &build_info, no_gil);
+#ifdef MMFAST_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.attr("cuda_archs") = mmfast::cuda_archs();
+  m.attr("max_cuda_cells") = mmfast::kMaxCudaCells;
+  m.def("device_count", &mmfast::device_count, no_gil);
+  m.def("sample_keep_cuda", &sample_keep_cuda, no_gil);
+  m.def("gather_tubes_cuda", &gather_tubes_cuda, no_gil);
+#else
+  m.attr("with_cuda") = false;
+  m.attr("cuda_archs") = "";
+  m.attr("max_cuda_cells") = 0;
+  m.def("device_count", [] { return 0; });
+#endif
+}

@@ -1,0 +1,35 @@
+"""The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
+
+Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
+mmfast_kernels.sampling and mmfast_kernels.gather. All release the GIL and may run at the same time.
+"""
+
+from collections.abc import Sequence
+
+with_cuda: bool
+cuda_archs: str
+max_cuda_cells: int
+
+def build_info() -> str: ...
+def device_count() -> int: ...
+def philox4x32_10(counter: Sequence[int], key: Sequence[int], /) -> list[int]: ...
+def sample_keep(
+    clip_ids: int, batch: int, views: int, slots: int, cells: int, keep: int, seed: int, per_slot: bool,
+    keep_idx: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def sample_keep_cuda(
+    clip_ids: int, batch: int, views: int, slots: int, cells: int, keep: int, seed: int, per_slot: bool,
+    keep_idx: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def gather_tubes(
+    video: int, video_type: int, size: Sequence[int], stride: Sequence[int], token_idx: int, clip_idx: int, count: int,
+    tubelet: int, patch: int, rows: int, rows_type: int, scale: int, shift: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def gather_tubes_cuda(
+    video: int, video_type: int, size: Sequence[int], stride: Sequence[int], token_idx: int, clip_idx: int, count: int,
+    tubelet: int, patch: int, rows: int, rows_type: int, scale: int, shift: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def union_rows(
+    keep_idx: int, tokens: int, cu_seqlens: int, sequences: int, views: int, union_idx: int, union_clip: int,
+    row_of: int, /,
+) -> int: ...  # fmt: skip

@@ -1,0 +1,1 @@
+"""Ops of mmfast on plain tensors: Triton kernels, C++ routines, and a plain-torch reference beside each."""

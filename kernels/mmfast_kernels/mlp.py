@@ -1,0 +1,178 @@
+"""Linear layer and GELU in one pass.
+
+    y = gelu(x W^T + b)
+    erf     0.5 h (1 + erf(h / sqrt 2))
+    tanh    0.5 h (1 + tanh(h (c0 + c1 r + c2 r^2))), r = min(h^2, 36): the erf form within 2.5e-5 for a quarter of its
+            instructions. On 16-bit outputs the hardware's tanh adds at most 2.5e-4 |h|, an eighth of a bf16 rounding.
+    quick   h sigmoid(1.702 h), CLIP's
+
+Where no kernel runs, "tanh" computes the erf form, which torch has as one pass and which it stands for.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfast_kernels import tables
+from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
+
+if HAVE_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from mmfast_kernels import mlp_triton
+
+MODES = ("erf", "tanh", "quick")
+REFIT = (0.797506497, 0.0370045102, -3.51252277e-4)
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tf32_allowed() -> bool:
+    """Whether torch may round fp32 products to TF32, which our products then do too."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """True for matrices that the copy engine can address: base and row pitch in steps of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in tensors
+    )
+
+
+def launch(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    y: Tensor,  # [M, N]
+    mode: str,
+    config: Mapping[str, Any],
+) -> None:
+    """One launch of the kernel that config names."""
+    (m, k), n = x.shape, weight.shape[0]
+    bm, bn, bk = config["BM"], config["BN"], config["BK"]
+    tiles = math.ceil(m / bm) * math.ceil(n / bn)
+    approx = x.dtype != torch.float32 and x.is_cuda
+    options = {key: value for key, value in config.items() if key not in ("kernel", "blocks_per_sm")}
+    if config["kernel"] == "descriptor":
+        blocks = [(x, [bm, bk]), (weight, [bn, bk]), (y, [bm, bn // 2])]
+        descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in blocks]
+        grid = (min(tiles, config["blocks_per_sm"] * _sm_count(x.device)),)
+        mlp_triton.linear_gelu_descriptor_kernel[grid](*descriptors, bias, m, n, k, MODE=mode, APPROX=approx, **options)
+    else:
+        precision = "tf32" if tf32_allowed() else "ieee"
+        mlp_triton.linear_gelu_kernel[(tiles,)](
+            x, weight, y, bias, x.stride(0), weight.stride(0), m, n, k,
+            MODE=mode, APPROX=approx, PRECISION=precision, EVEN_K=k % bk == 0, **options,
+        )  # fmt: skip
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = _fwd_fake(x, weight, bias, mode)
+    if y.numel():
+        tiles = math.ceil(y.shape[0] / 128) * math.ceil(y.shape[1] / 128)
+        dtype = tables.dtype_name(x.dtype)
+        run = functools.partial(launch, x, weight, bias, y, mode)
+        run(
+            tables.config(
+                "linear_gelu",
+                run,
+                arch=tables.arch_of(x.device),
+                dtype="tf32" if dtype == "fp32" and tf32_allowed() else dtype,
+                descriptor=_describable(x, weight, y),
+                small=tiles <= _sm_count(x.device),
+            )
+        )
+    return y
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
+    return torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+linear_gelu_op = register("linear_gelu(Tensor x, Tensor weight, Tensor? bias, str mode) -> Tensor", _fwd, _fwd_fake)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "erf") -> Tensor:
+    """gelu(x W^T + b) with the GELU form that mode names: "erf" (exact), "tanh" (erf's fast stand-in) or "quick".
+
+    x: [..., K]. weight: [N, K]. bias: [N] or None. One dtype, or any under autocast. Returns [..., N] in that dtype.
+    Products of fp32 are exact unless torch.backends.cuda.matmul.allow_tf32. Raises ValueError, TypeError.
+    """
+    if mode not in MODES:
+        raise ValueError(f"linear_gelu: mode takes one of {MODES}, got {mode!r}")
+    x, weight, bias = checked_linear("linear_gelu", x, weight, bias)
+    if use_kernel(x, weight, bias):
+        return linear_gelu_op(x.reshape(-1, x.shape[-1]), weight, bias, mode).view(*x.shape[:-1], weight.shape[0])
+    if mode == "quick":
+        h = linear(x, weight, bias)
+        if h.dtype in (torch.bfloat16, torch.float16) or (torch.is_grad_enabled() and h.requires_grad):
+            return h * torch.sigmoid(1.702 * h)
+        return F.silu(h.mul_(1.702), inplace=True).div_(1.702)
+    if _use_onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, through oneDNN on the CPU: torch sends fp32 to MKL, which is half as fast on processors not Intel's.
+
+    x: [..., K]. weight: [N, K]. bias: [N] or None.
+    """
+    if _use_onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _use_onednn(*tensors: Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    return (
+        _ONEDNN
+        and given[0].device.type == "cpu"
+        and given[0].dtype in (torch.float32, torch.bfloat16)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def checked_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as they enter the product: in autocast's dtype where it is on. Raises ValueError, TypeError."""
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight takes [N, K], got {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1] or weight.shape[1] == 0:
+        raise ValueError(
+            f"{op}: x takes [..., {weight.shape[1]}] for weight {tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias takes [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None and (not tensor.is_floating_point() or tensor.dtype != x.dtype):
+            raise TypeError(f"{op}: {name} takes x's floating dtype, got {tensor.dtype} with x {x.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
+    return x, weight, bias
+
+
+def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "erf") -> Tensor:
+    """linear_gelu in plain torch, "tanh" by its own formula."""
+    h = F.linear(x, weight, bias)
+    if mode == "erf":
+        return F.gelu(h)
+    if mode == "quick":
+        return h * torch.sigmoid(1.702 * h)
+    r = h.square().clamp(max=36.0)
+    return 0.5 * h * (1 + torch.tanh(h * (REFIT[0] + r * (REFIT[1] + r * REFIT[2]))))

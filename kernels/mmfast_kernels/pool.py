@@ -1,0 +1,206 @@
+"""From packed tokens to one vector a sequence, and from the views' logits to one distribution a clip.
+
+    pooled[s] = norm(mean over the tokens t of sequence s of token_norm(tokens[t]))      either norm may be left out
+    probs[b] = mean over views p of softmax(logits[b, p])
+
+The mean has two steps and no atomics, so its result is the same every time: fp32 sums over a fixed number of parts of a
+sequence, then their sum, division and norm.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmfast_kernels import tables
+from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
+from mmfast_kernels.norm import MAX_COLUMNS, layer_norm_ref, piece_columns
+
+if HAVE_TRITON:
+    from mmfast_kernels import pool_triton
+
+
+def geometry(d: int, config: Mapping[str, Any]) -> dict[str, int]:
+    """Constants of the kernel that sums rows of d columns."""
+    warps, sharing = config["num_warps"], config["chunk_warps"]
+    rows = max(config["elements"] * 32 * warps // d, warps // sharing)
+    return {
+        "D": d,
+        "CHUNK": piece_columns(d, sharing),
+        "ROWS": 1 << (rows.bit_length() - 1),
+        "SPLITS": config["splits"],
+        "num_warps": warps,
+    }
+
+
+def mean_geometry(d: int, config: Mapping[str, Any]) -> dict[str, int]:
+    """Constants of the kernel that joins the sums."""
+    warps = config["chunk_warps"]
+    return {"D": d, "CHUNK": piece_columns(d, warps), "SPLITS": config["splits"], "num_warps": warps}
+
+
+def _pool(
+    tokens: Tensor,  # [T, D]
+    cu_seqlens: Tensor | None,
+    length: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    token_weight: Tensor | None,
+    token_bias: Tensor | None,
+    token_eps: float,
+) -> Tensor:
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    cu_seqlens, weight, bias, token_weight, token_bias = (
+        None if t is None else t.contiguous() for t in (cu_seqlens, weight, bias, token_weight, token_bias)
+    )
+    y = _pool_fake(tokens, cu_seqlens, length)
+    sequences, d = y.shape
+    if sequences == 0:
+        return y
+    config = tables.lookup("pool", d=d).config
+    programs = sequences * config["splits"]
+    sums = torch.empty((programs, d), dtype=torch.float32, device=tokens.device)
+    pool_triton.segment_sums_kernel[(programs,)](
+        tokens, cu_seqlens, sums, tokens.stride(0), length, token_eps,
+        NORM=token_weight is not None, **geometry(d, config),
+    )  # fmt: skip
+    pool_triton.segment_mean_kernel[(sequences,)](
+        sums, cu_seqlens, token_weight, token_bias, weight, bias, y, length, eps, **mean_geometry(d, config)
+    )
+    return y
+
+
+def _pool_fake(tokens: Tensor, cu_seqlens: Tensor | None, length: int, *_: object) -> Tensor:
+    sequences = tokens.shape[0] // length if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty((sequences, tokens.shape[1]), dtype=tokens.dtype, device=tokens.device)
+
+
+def _ensemble(logits: Tensor) -> Tensor:
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    clips, views, classes = logits.shape
+    probs = _ensemble_fake(logits)
+    block = min(1024, 1 << (classes - 1).bit_length())
+    if clips:
+        pool_triton.ensemble_kernel[(clips * -(-classes // block),)](
+            logits, probs, logits.stride(0), logits.stride(1), views, classes, BLOCK=block, num_warps=4
+        )
+    return probs
+
+
+def _ensemble_fake(logits: Tensor) -> Tensor:
+    return torch.empty((logits.shape[0], logits.shape[2]), dtype=torch.float32, device=logits.device)
+
+
+pool_op = register(
+    "segment_mean_norm(Tensor tokens, Tensor? cu_seqlens, int length, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? token_weight, Tensor? token_bias, float token_eps) -> Tensor",
+    _pool,
+    _pool_fake,
+)
+ensemble_op = register("ensemble_probs(Tensor logits) -> Tensor", _ensemble, _ensemble_fake)
+
+
+def segment_mean_norm(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    length: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    token_weight: Tensor | None = None,
+    token_bias: Tensor | None = None,
+    token_eps: float = 1e-6,
+) -> Tensor:
+    """Mean over each sequence, of its tokens or of their LayerNorm, and the LayerNorm of that mean.
+
+    tokens: [T, D], D up to 16384. cu_seqlens: [S+1] int32 bounds, or None with length, the tokens of every sequence.
+    token_weight, token_bias: [D], a norm of every token before the mean. weight, bias: [D], a norm of the mean.
+    Returns [S, D] in the dtype of tokens; a sequence without tokens has mean 0. Raises ValueError, TypeError.
+    """
+    _check(tokens, cu_seqlens, length, {"weight": (weight, bias), "token_weight": (token_weight, token_bias)})
+    norms = (weight, bias, eps, token_weight, token_bias, token_eps)
+    if not use_kernel(tokens, weight, bias, token_weight, token_bias):
+        return segment_mean_norm_ref(
+            tokens, cu_seqlens, length=length, weight=weight, bias=bias, eps=eps,
+            token_weight=token_weight, token_bias=token_bias, token_eps=token_eps,
+        )  # fmt: skip
+    return pool_op(tokens, cu_seqlens, 0 if length is None else length, *norms)
+
+
+def _check(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    length: int | None,
+    norms: dict[str, tuple[Tensor | None, Tensor | None]],
+) -> None:
+    if not tokens.is_floating_point():
+        raise TypeError(f"segment_mean_norm: tokens takes a floating dtype, got {tokens.dtype}")
+    if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= MAX_COLUMNS:
+        raise ValueError(f"segment_mean_norm: tokens takes [T, D] with D to {MAX_COLUMNS}, got {tuple(tokens.shape)}")
+    if (cu_seqlens is None) == (length is None):
+        raise ValueError("segment_mean_norm: takes either cu_seqlens or length")
+    if length is not None and (length < 1 or tokens.shape[0] % length):
+        raise ValueError(f"segment_mean_norm: length takes a divisor of T = {tokens.shape[0]}, got {length}")
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"segment_mean_norm: cu_seqlens takes torch.int32, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"segment_mean_norm: cu_seqlens takes [S+1], got {tuple(cu_seqlens.shape)}")
+    for name, (scale, shift) in norms.items():
+        if (scale is None) != (shift is None):
+            raise ValueError(f"segment_mean_norm: takes {name} with its bias, got one of them")
+        for given, tensor in ((name, scale), (name.replace("weight", "bias"), shift)):
+            if tensor is not None and tensor.shape != tokens.shape[1:]:
+                raise ValueError(f"segment_mean_norm: {given} takes [{tokens.shape[1]}], got {tuple(tensor.shape)}")
+
+
+def ensemble_probs(logits: Tensor) -> Tensor:
+    """Mean over views of the softmax over classes.
+
+    logits: [B, P, K] with P and K at least 1, any float dtype, any strides. Returns [B, K] fp32 (fp64 for fp64).
+    Raises ValueError, TypeError.
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"ensemble_probs: logits takes a floating dtype, got {logits.dtype}")
+    if logits.dim() != 3 or 0 in logits.shape[1:]:
+        raise ValueError(f"ensemble_probs: logits takes [B, P, K] with P and K at least 1, got {tuple(logits.shape)}")
+    return ensemble_op(logits) if use_kernel(logits) else ensemble_probs_ref(logits)
+
+
+def segment_mean_norm_ref(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    length: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    token_weight: Tensor | None = None,
+    token_bias: Tensor | None = None,
+    token_eps: float = 1e-6,
+) -> Tensor:
+    """segment_mean_norm in plain torch."""
+    x = tokens
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if token_weight is not None and token_bias is not None:
+        x = layer_norm_ref(x, token_weight, token_bias, token_eps)
+    if length is not None:
+        mean = x.view(-1, length, x.shape[1]).mean(1, dtype=wide)
+    else:
+        assert cu_seqlens is not None
+        lengths = cu_seqlens.long().diff()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=x.shape[0])
+        sums = x.new_zeros((len(lengths), x.shape[1]), dtype=wide).index_add(0, sequence, x.to(wide))
+        mean = sums / lengths.clamp(min=1)[:, None]
+    if weight is not None and bias is not None:
+        mean = F.layer_norm(mean, weight.shape, weight.to(wide), bias.to(wide), eps)
+    return mean.to(tokens.dtype)
+
+
+def ensemble_probs_ref(logits: Tensor) -> Tensor:
+    """ensemble_probs in plain torch."""
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(1)

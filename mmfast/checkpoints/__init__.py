@@ -1,0 +1,22 @@
+"""Checkpoints of every known dialect, read safely and turned into MaskedViT's layout."""
+
+from .container import read
+from .dialects import DIALECTS, Converted, convert
+from .layout import canonical_shapes
+from .load import LoadReport, load_into, load_pretrained, load_pretrained_vit
+from .save import export_config, export_state, save_pretrained
+
+__all__ = [
+    "DIALECTS",
+    "Converted",
+    "LoadReport",
+    "canonical_shapes",
+    "convert",
+    "export_config",
+    "export_state",
+    "load_into",
+    "load_pretrained",
+    "load_pretrained_vit",
+    "read",
+    "save_pretrained",
+]

@@ -1,0 +1,137 @@
+"""Transformer modules over packed tokens: x [T, D], all sequences end to end, described by a Pack."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmfast_kernels.attention import packed_attention
+from mmfast_kernels.linear import linear
+from mmfast_kernels.mlp import linear_gelu
+from mmfast_kernels.norm import add_layer_norm, layer_norm
+
+from . import profiling
+from .masks import Grid, Pack
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension through mmfast's kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + branch, norm of it) in one pass."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest library at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each sequence of a pack.
+
+    qkv_bias: "qv" (VideoMAE: biases on q and v, none on k), "full" (CLIP) or "none".
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qv") -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias == "full")
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, pack: Pack) -> Tensor:
+        bias: Tensor | None = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.unbind(1)
+        out = packed_attention(q, k, v, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length)
+        return self.proj(out.flatten(1))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))).   gelu: "erf" (exact), "tanh" (refit, 2.5e-5 from exact), "quick" (CLIP)."""
+
+    def __init__(self, dim: int, hidden: int, gelu: str = "erf") -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias, mode=self.gelu))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    forward(x, branch, pack) takes the residual stream and the branch the block before left to be added (None at first), and
+    returns the same two, so that every addition is fused with the norm that follows it, and every parameter is used
+    inside its own block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden: int,
+        *,
+        qkv_bias: str = "qv",
+        norm_eps: float = 1e-6,
+        init_values: float = 0.0,
+        drop_path: float = 0.0,
+        gelu: str = "erf",
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, hidden, gelu)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values > 0 else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values > 0 else None
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, branch: Tensor | None, pack: Pack) -> tuple[Tensor, Tensor]:
+        with profiling.range("attention"):
+            if branch is None:
+                h = self.norm1(x)
+            else:
+                x, h = self.norm1.add(x, branch)
+            branch = self._scaled(self.attn(h, pack), self.gamma_1, pack)
+        with profiling.range("mlp"):
+            x, h = self.norm2.add(x, branch)
+            return x, self._scaled(self.mlp(h), self.gamma_2, pack)
+
+    def _scaled(self, branch: Tensor, gamma: Tensor | None, pack: Pack) -> Tensor:
+        """LayerScale, and stochastic depth: the branch of a whole sequence dropped (Huang et al., ECCV 2016)."""
+        if gamma is not None:
+            branch = branch * gamma
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            scale = branch.new_empty(pack.num_sequences, 1).bernoulli_(keep) / keep
+            branch = branch * pack.per_token(scale)
+        return branch
+
+
+def sinusoid_positions(num_tokens: int, dim: int) -> Tensor:
+    """Fixed sinusoid table of VideoMAE over the flattened token id: sin(id / 10000^(2 floor(j/2) / D)), cos for odd j.
+
+    Returns fp32 [num_tokens, dim], computed in float64.
+    """
+    columns = torch.arange(dim, dtype=torch.float64)
+    angle = torch.arange(num_tokens, dtype=torch.float64)[:, None] / 10000 ** (2 * (columns // 2) / dim)
+    return torch.where(columns % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def resize_positions(table: Tensor, native: Grid, grid: Grid) -> Tensor:
+    """Positions of another grid: the native table, trilinearly resized.   table: [t*h*w, D] over `native`."""
+    if native == grid:
+        return table
+    volume = table.reshape(1, *native, -1).movedim(-1, 1)
+    return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).movedim(1, -1).flatten(0, 3)

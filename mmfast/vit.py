@@ -1,0 +1,396 @@
+"""MaskedViT: the video transformer of VideoMAE, run on kept tokens only, many views of many clips in one packed batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mmfast_kernels.patches import tube_embed
+from mmfast_kernels.pool import segment_mean_norm
+
+from . import profiling
+from .config import ViTConfig, from_name
+from .ensemble import ensemble
+from .layers import Block, LayerNorm, resize_positions, sinusoid_positions
+from .masks import ClipIds, Grid, Pack, full_pack, join_packs, pack_masks
+
+if TYPE_CHECKING:
+    from .checkpoints import LoadReport
+
+Mask = Tensor | Pack | None
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of all sequences, end to end.   tokens: [T, D], after the encoder's final norm."""
+
+    tokens: Tensor
+    pack: Pack
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [S+1]: where each sequence starts and ends."""
+        return self.pack.cu_seqlens
+
+
+class PatchEmbed(nn.Module):
+    """Holds the weights of the patch embedding, under VideoMAE's names; MaskedViT.embed uses them."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        kernel = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_chans, config.embed_dim, kernel, kernel)
+
+
+class MaskedViT(nn.Module):
+    """VideoMAE's ViT (arXiv 2203.12602) on masked clips.
+
+    video: [B, C, F, H, W] on any strides, float and normalised already, or uint8 and normalised inside with config.mean and
+    config.std. mask: bool [B, N] or [B, P, N], True = removed; or a Pack; None keeps every token. Token ids are t-major.
+    """
+
+    load_report: "LoadReport | None" = None
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config)
+        rates = torch.linspace(0, config.drop_path_rate, config.depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                config.mlp_dim,
+                qkv_bias=config.qkv_bias,
+                norm_eps=config.norm_eps,
+                init_values=config.init_values,
+                drop_path=rate,
+                gelu=config.gelu,
+            )
+            for rate in rates
+        )
+        self.norm = LayerNorm(dim, eps=config.norm_eps) if config.final_norm else None
+        self.fc_norm = LayerNorm(dim, eps=config.fc_norm_eps) if config.fc_norm else None
+        self.head: nn.Module = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self._positions = _Constant(sinusoid_positions(config.num_tokens, dim))
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        self._pixel_affine = _Constant(torch.stack((1 / (255 * std), -mean / std)))
+        self.grad_checkpointing = False
+        self.apply(_init_weights)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "MaskedViT":
+        """A published size with random weights, such as "videomae_small_patch16_224".   overrides: fields of ViTConfig."""
+        return cls(from_name(name, **overrides))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path | Mapping[str, Tensor], **overrides: Any) -> "MaskedViT":
+        """A model from a checkpoint file, folder or state dict; the dialect is found from the keys. In eval mode.
+
+        overrides: fields of ViTConfig. What was loaded, initialised and dropped stands in `load_report`.
+        """
+        from .checkpoints import load_pretrained_vit
+
+        model, report = load_pretrained_vit(source, **overrides)
+        model.load_report = report
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json, each whole or not at all."""
+        from .checkpoints import save_pretrained
+
+        save_pretrained(self, folder)
+
+    def forward(self, video: Tensor, mask: Mask = None) -> Tensor:
+        """Logits: [B, K]; [B, P, K] for a [B, P, N] mask; [S, K] for a Pack."""
+        return self.head(self._dropout(self.encode(video, mask)))
+
+    def encode(self, video: Tensor, mask: Mask = None) -> Tensor:
+        """Pooled features: [B, D]; [B, P, D] for a [B, P, N] mask; [S, D] for a Pack."""
+        pack, lead = self._pack(video, mask)
+        return self._pool(self._encode(self.embed(video, pack), pack), pack).unflatten(0, lead)
+
+    def forward_features(self, video: Tensor, mask: Mask = None) -> Tensor:
+        """Tokens after the final norm, ascending ids: [B, n, D]; [B, P, n, D] for a [B, P, N] mask. Needs equal counts."""
+        pack, lead = self._pack(video, mask)
+        if pack.length is None:
+            raise ValueError(
+                "forward_features needs views that keep equally many tokens; use forward_packed for unequal ones"
+            )
+        return self._normed(self._encode(self.embed(video, pack), pack)).unflatten(0, (*lead, pack.length))
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens [..., n, D] of forward_features to features [..., D] (pre_logits=True) or logits [..., K]."""
+        lead, (n, dim) = tokens.shape[:-2], tokens.shape[-2:]
+        flat = tokens.reshape(-1, dim)
+        if self.config.pool == "first":
+            pooled = tokens.reshape(-1, n, dim)[:, 0]
+            pooled = pooled if self.fc_norm is None else self.fc_norm(pooled)
+        else:
+            weight, bias, eps = _norm_arguments(self.fc_norm)
+            pooled = segment_mean_norm(flat, None, length=n, weight=weight, bias=bias, eps=eps)
+        pooled = pooled.reshape(*lead, dim)
+        return pooled if pre_logits else self.head(self._dropout(pooled))
+
+    def forward_packed(self, video: Tensor | Sequence[Tensor], mask: Mask | Sequence[Mask] = None) -> PackedTokens:
+        """Tokens of every sequence end to end; views may keep different numbers of tokens.
+
+        Groups of clips of different sizes or frame counts go in as a list of videos with a list of masks: one pack of all.
+        """
+        if isinstance(video, Tensor):
+            pack, _ = self._pack(video, mask)  # type: ignore[arg-type]
+            x = self.embed(video, pack)
+        else:
+            masks = [None] * len(video) if mask is None else mask
+            if not isinstance(masks, Sequence) or len(masks) != len(video):
+                raise ValueError(
+                    f"a list of {len(video)} videos takes a list of {len(video)} masks, got {type(mask).__name__}"
+                )
+            packs = [self._pack(v, m)[0] for v, m in zip(video, masks, strict=True)]
+            x = torch.cat([self.embed(v, p) for v, p in zip(video, packs, strict=True)])
+            pack = join_packs(packs, [len(v) for v in video])
+        return PackedTokens(self._normed(self._encode(x, pack)), pack)
+
+    def forward_intermediates(
+        self,
+        video: Tensor,
+        mask: Mask = None,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's forward_intermediates: (final tokens, [tokens after each chosen block]), each [B, n, D].
+
+        indices: the last so many blocks, or their numbers; None takes all. norm: apply the final norm to each.
+        """
+        pack, lead = self._pack(video, mask)
+        if pack.length is None:
+            raise ValueError("forward_intermediates needs views that keep equally many tokens")
+        depth = len(self.blocks)
+        chosen = (
+            range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
+        )
+        wanted = {i % depth for i in chosen}
+        x = self.embed(video, pack)
+        branch: Tensor | None = None
+        taken = []
+        for i, block in enumerate(self.blocks):
+            x, branch = self._run_block(block, x, branch, pack)
+            if i in wanted:
+                taken.append(self._normed((x, branch)) if norm else x + branch)
+        assert branch is not None
+        shape = (*lead, pack.length)
+        taken = [t.unflatten(0, shape) for t in taken]
+        return taken if intermediates_only else (self._normed((x, branch)).unflatten(0, shape), taken)
+
+    def ensemble(
+        self,
+        video: Tensor,
+        views: int = 2,
+        mask_ratio: float = 0.75,
+        *,
+        keep: int | None = None,
+        seed: int = 0,
+        clip_ids: ClipIds = None,
+        masks: Tensor | None = None,
+        micro_batch: int | None = None,
+    ) -> Tensor:
+        """Ensemble masked inference (MM-CDFSL, ECCV 2024): the mean over P tube-masked views of the class probabilities.
+
+        keep, seed, clip_ids: as in tube_masks. masks: bool [B, P, N] instead of sampled ones. micro_batch: clips run at once;
+        chosen from the device when None, halved when memory runs out. A uint8 video in host memory with the model on a GPU
+        sends only the pixels that some view keeps.
+
+        Returns fp32 [B, K].
+        """
+        return ensemble(self, video, views, mask_ratio, keep, seed, clip_ids, masks, micro_batch)
+
+    # What ensemble.py builds on
+
+    def embed(self, video: Tensor, pack: Pack) -> Tensor:
+        """Embed the kept tokens, positions added.   video: [B, C, F, H, W].   Returns [T, D]."""
+        grid = self.check_video(video)
+        return self._tube_embed(video, pack.keep_idx, pack.clip_idx, None, self._positions_of(grid))
+
+    def embed_rows(self, rows: Tensor, row_of: Tensor, keep_idx: Tensor, grid: Grid) -> Tensor:
+        """Embed from pixels gathered already.   rows: [U, C, tt, p, p]; row_of: int32 [T], the row of each token."""
+        return self._tube_embed(rows, torch.zeros_like(row_of), row_of, keep_idx, self._positions_of(grid))
+
+    def logits(self, x: Tensor, pack: Pack) -> Tensor:
+        """Logits [S, K] of embedded tokens [T, D]."""
+        return self.head(self._dropout(self._pool(self._encode(x, pack), pack)))
+
+    def check_video(self, video: Tensor) -> Grid:
+        """The token grid of a video, or a ValueError that says what is wrong with it."""
+        c = self.config
+        if not isinstance(video, Tensor):
+            raise TypeError(f"video must be a tensor [B, C, F, H, W], got {type(video).__name__}")
+        if video.dim() != 5:
+            raise ValueError(f"video must be [B, C, F, H, W], got shape {tuple(video.shape)}")
+        if video.dtype != torch.uint8 and not video.is_floating_point():
+            raise TypeError(f"video must be uint8 (raw) or floating point (normalised), got {video.dtype}")
+        _, channels, frames, height, width = video.shape
+        if channels != c.in_chans:
+            raise ValueError(
+                f"video has {channels} channels in shape {tuple(video.shape)}; this model takes {c.in_chans}"
+            )
+        if frames == 0 or frames % c.tubelet_size:
+            raise ValueError(
+                f"video has {frames} frames; they must be a positive multiple of the tubelet size {c.tubelet_size}"
+            )
+        if min(height, width) == 0 or height % c.patch_size or width % c.patch_size:
+            raise ValueError(
+                f"video is {height} x {width}; both must be positive multiples of the patch size {c.patch_size}"
+            )
+        return frames // c.tubelet_size, height // c.patch_size, width // c.patch_size
+
+    # timm's names
+
+    @property
+    def num_features(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    def get_num_layers(self) -> int:
+        return len(self.blocks)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head of `num_classes` classes; 0 removes it. global_pool: "mean" or "first"."""
+        changes: dict[str, Any] = {"num_classes": num_classes} | ({"pool": global_pool} if global_pool else {})
+        self.config = replace(self.config, **changes)
+        like = self.patch_embed.proj.weight
+        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = head.to(like.device, like.dtype)
+        self.head.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _pack(self, video: Tensor, mask: Mask) -> tuple[Pack, tuple[int, ...]]:
+        grid = self.check_video(video)
+        batch, tokens = video.shape[0], grid[0] * grid[1] * grid[2]
+        if mask is None:
+            return full_pack(batch, tokens, self._device), (batch,)
+        if isinstance(mask, Pack):
+            return mask, (mask.num_sequences,)
+        check_mask(mask, batch, tokens, grid)
+        return pack_masks(mask.to(self._device)), tuple(mask.shape[:-1])
+
+    def _tube_embed(
+        self, pixels: Tensor, token_idx: Tensor, clip_idx: Tensor, pos_idx: Tensor | None, positions: Tensor
+    ) -> Tensor:
+        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
+        scale, shift = self._pixel_affine() if pixels.dtype == torch.uint8 else (None, None)
+        with profiling.range("embed"):
+            return tube_embed(
+                pixels, weight, bias, positions, token_idx, clip_idx, pos_idx=pos_idx, scale=scale, shift=shift
+            )
+
+    def _positions_of(self, grid: Grid) -> Tensor:
+        return resize_positions(self._positions(), self.config.grid, grid)
+
+    def _encode(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """The residual stream after the last block, and the branch still to be added to it."""
+        branch = None
+        for i, block in enumerate(self.blocks):
+            with profiling.range(f"block{i}"):
+                x, branch = self._run_block(block, x, branch, pack)
+        assert branch is not None
+        return x, branch
+
+    def _run_block(self, block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack) -> tuple[Tensor, Tensor]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, branch, pack, use_reentrant=False)
+        return block(x, branch, pack)
+
+    def _normed(self, stream: tuple[Tensor, Tensor]) -> Tensor:
+        return stream[0] + stream[1] if self.norm is None else self.norm.add(*stream)[1]
+
+    def _pool(self, stream: tuple[Tensor, Tensor], pack: Pack) -> Tensor:
+        with profiling.range("pool"):
+            if self.config.pool == "first":
+                starts = pack.cu_seqlens[:-1]
+                first = self._normed((stream[0].index_select(0, starts), stream[1].index_select(0, starts)))
+                return first if self.fc_norm is None else self.fc_norm(first)
+            weight, bias, eps = _norm_arguments(self.fc_norm)
+            token_weight, token_bias, token_eps = _norm_arguments(self.norm)
+            return segment_mean_norm(
+                stream[0] + stream[1],
+                pack.cu_seqlens if pack.length is None else None,
+                length=pack.length,
+                weight=weight,
+                bias=bias,
+                eps=eps,
+                token_weight=token_weight,
+                token_bias=token_bias,
+                token_eps=token_eps,
+            )
+
+    def _dropout(self, features: Tensor) -> Tensor:
+        return F.dropout(features, self.config.head_drop_rate, self.training)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.patch_embed.proj.weight.device
+
+
+class _Constant(nn.Module):
+    """An fp32 constant that moves with the model but keeps its precision under model.to(dtype).
+
+    It is stored as integers, which nn.Module.to(dtype) leaves alone, and not in the state dict: VideoMAE's files have no
+    positions either.
+    """
+
+    bits: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bits", values.float().view(torch.int32), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.bits.view(torch.float32)
+
+
+def check_mask(mask: Tensor, batch: int, tokens: int, grid: Grid) -> None:
+    """Raise unless mask is bool [batch, tokens] or [batch, P, tokens]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor (True = removed) or a Pack, got {got}")
+    if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != tokens:
+        raise ValueError(
+            f"mask must be [{batch}, {tokens}] or [{batch}, P, {tokens}] for a {grid[0]} x {grid[1]} x {grid[2]} grid, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def _norm_arguments(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    return (None, None, 1e-6) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

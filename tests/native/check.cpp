@@ -1,0 +1,173 @@
+// Drives every host routine of csrc on buffers of exactly the right size, for the sanitizers (tests/sanitize.py). What the
+// routines compute is compared with plain loops; that they stay in their buffers and do not race is the sanitizers' part.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "gather.h"
+#include "pack.h"
+#include "sampler.h"
+#include "threads.h"
+
+namespace {
+
+#define EXPECT(condition)                                                          \
+  do {                                                                             \
+    if (!(condition)) {                                                            \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                \
+    }                                                                              \
+  } while (false)
+
+template <class Call>
+bool refuses(const Call& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+  return false;
+}
+
+std::vector<int32_t> sample(std::vector<int64_t> clips, int32_t views, int32_t slots, int32_t cells, int32_t keep,
+                            uint64_t seed, bool per_slot, int threads) {
+  std::vector<int32_t> out(clips.size() * views * slots * keep);
+  const mmfast::MaskDraw draw{static_cast<int64_t>(clips.size()), views, slots, cells, keep, seed, per_slot};
+  mmfast::sample_keep(clips.data(), draw, out.data(), threads);
+  return out;
+}
+
+void check_sampler() {
+  const std::vector<int64_t> clips{0, -1, int64_t{1} << 62, 7};
+  for (const bool per_slot : {false, true}) {
+    for (const int32_t cells : {1, 3, 196, 5000}) {
+      for (const int32_t keep : {0, 1, cells / 2, cells}) {
+        const auto one = sample(clips, 3, 2, cells, keep, ~uint64_t{0}, per_slot, 1);
+        EXPECT(one == sample(clips, 3, 2, cells, keep, ~uint64_t{0}, per_slot, 4));
+        for (size_t i = 0; i < one.size(); ++i) {
+          EXPECT(one[i] >= 0 && one[i] < 2 * cells);
+          EXPECT(i % (2 * size_t(keep)) == 0 || one[i] > one[i - 1]);
+        }
+      }
+    }
+  }
+  EXPECT(sample({}, 3, 2, 4, 2, 0, false, 4).empty());
+  EXPECT(sample({1}, 0, 2, 4, 2, 0, false, 4).empty());
+}
+
+// clip sizes in patches; a tight buffer in the given order of axes, so that one read too many is one too far.
+template <class In, class Out>
+void check_gather(int64_t channels, int32_t tubelet, int32_t patch, bool last, bool affine, int threads) {
+  const int64_t size[5] = {2, channels, 2 * tubelet, 3 * patch, 2 * patch};
+  const int order_planes[5] = {0, 1, 2, 3, 4}, order_last[5] = {0, 2, 3, 4, 1};
+  mmfast::Video video{nullptr, sizeof(In) == 1 ? mmfast::Pixel::u8 : mmfast::Pixel::f32, {}, {}};
+  int64_t total = 1;
+  for (int k = 4; k >= 0; --k) {
+    const int axis = last ? order_last[k] : order_planes[k];
+    video.size[axis] = size[axis];
+    video.stride[axis] = total;
+    total *= size[axis];
+  }
+  std::vector<In> pixels(total);
+  for (int64_t i = 0; i < total; ++i) pixels[i] = static_cast<In>(i * 31 % 251);
+  video.data = pixels.data();
+  std::vector<int32_t> token, clip;
+  for (int32_t id = 0; id < 12; ++id) {
+    token.push_back((id * 5) % 12);
+    clip.push_back(id % 2);
+  }
+  std::vector<float> scale(channels, 0.5f), shift(channels, -1.0f);
+  const int64_t row_size = channels * tubelet * patch * patch;
+  std::vector<Out> rows(token.size() * row_size);
+  const mmfast::Tubes tubes{token.data(), clip.data(), static_cast<int64_t>(token.size()), tubelet, patch};
+  const mmfast::Rows out{rows.data(), sizeof(Out) == 1 ? mmfast::Pixel::u8 : mmfast::Pixel::f32,
+                         affine ? scale.data() : nullptr, affine ? shift.data() : nullptr};
+  mmfast::gather_tubes(video, tubes, out, threads);
+  size_t k = 0;
+  for (size_t i = 0; i < token.size(); ++i) {
+    const int64_t slot = token[i] / 6, y = token[i] / 2 % 3, x = token[i] % 2;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t dt = 0; dt < tubelet; ++dt) {
+        for (int64_t dy = 0; dy < patch; ++dy) {
+          for (int64_t dx = 0; dx < patch; ++dx, ++k) {
+            const In pixel = pixels[clip[i] * video.stride[0] + c * video.stride[1] +
+                                    (slot * tubelet + dt) * video.stride[2] + (y * patch + dy) * video.stride[3] +
+                                    (x * patch + dx) * video.stride[4]];
+            EXPECT(rows[k] == static_cast<Out>(affine ? pixel * 0.5f - 1.0f : static_cast<float>(pixel)));
+          }
+        }
+      }
+    }
+  }
+  token[3] = 12;
+  EXPECT(refuses([&] { mmfast::gather_tubes(video, tubes, out, threads); }));
+  token[3] = 0;
+  clip[5] = -1;
+  EXPECT(refuses([&] { mmfast::gather_tubes(video, tubes, out, threads); }));
+}
+
+void check_gathers() {
+  for (const int64_t channels : {1, 2, 3, 21}) {
+    for (const int32_t patch : {1, 4, 5, 14, 16}) {
+      for (const bool last : {false, true}) {
+        for (const int threads : {1, 3}) {
+          check_gather<uint8_t, uint8_t>(channels, 2, patch, last, false, threads);
+          check_gather<uint8_t, float>(channels, 1, patch, last, false, threads);
+          check_gather<uint8_t, float>(channels, 2, patch, last, true, threads);
+          check_gather<float, float>(channels, 2, patch, last, false, threads);
+          check_gather<float, float>(channels, 1, patch, last, true, threads);
+        }
+      }
+    }
+  }
+}
+
+void check_union() {
+  const std::vector<int32_t> keep{0, 2, 5, 1, 2, 9, 4, 4}, bounds{0, 3, 6, 7, 8};
+  std::vector<int32_t> ids(keep.size()), clips(keep.size()), row_of(keep.size());
+  const int64_t rows = mmfast::union_rows(keep.data(), 8, bounds.data(), 4, 2, ids.data(), clips.data(), row_of.data());
+  ids.resize(rows);
+  clips.resize(rows);
+  EXPECT((ids == std::vector<int32_t>{0, 1, 2, 5, 9, 4}));
+  EXPECT((clips == std::vector<int32_t>{0, 0, 0, 0, 0, 1}));
+  EXPECT((row_of == std::vector<int32_t>{0, 2, 3, 1, 2, 4, 5, 5}));
+  for (const auto& wrong : {std::vector<int32_t>{0, 3, 6, 7, 9}, {0, 3, 2, 7, 8}, {1, 3, 6, 7, 8}, {0, 9, 6, 7, 8}, {0, 4, 6, 7, 8}}) {
+    EXPECT(refuses([&] {
+      mmfast::union_rows(keep.data(), 8, wrong.data(), 4, 2, ids.data(), clips.data(), row_of.data());
+    }));
+  }
+}
+
+void check_threads() {
+  for (const int64_t count : {0, 1, 7, 100}) {
+    for (const int threads : {0, 1, 3, 200}) {
+      std::vector<int> seen(count);
+      mmfast::parallel_for(count, 1, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) ++seen[i];
+      });
+      EXPECT(seen == std::vector<int>(count, 1));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_threads();
+  check_sampler();
+  check_gathers();
+  check_union();
+  // Callers on several threads at once, each with threads of its own.
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([] {
+      check_gather<uint8_t, float>(3, 2, 16, true, true, 2);
+      EXPECT(sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 2) == sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 1));
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  std::puts("all as expected");
+}

@@ -1,0 +1,429 @@
+"""Every dialect into canonical names; what overrides change; what is refused because it would change the model."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from makers import (
+    assert_same,
+    canonical,
+    decoder,
+    hf_config,
+    hf_videomae,
+    mmcdfsl_classifier,
+    mmcdfsl_stage1,
+    mmcdfsl_stage2,
+    prefixed,
+    save_hf,
+    tiny_config,
+    videomae_pretrain,
+)
+
+from mmfast.checkpoints import canonical_shapes, convert, load_into, load_pretrained, load_pretrained_vit
+from mmfast.layers import sinusoid_positions
+from mmfast.vit import MaskedViT
+
+GEOMETRY: dict[str, Any] = dict(num_heads=2, img_size=32, num_frames=4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"qkv_bias": "full", "final_norm": True},
+        {"qkv_bias": "none", "init_values": 0.1, "fc_norm": False},
+        {"in_chans": 21, "patch_size": 4, "num_classes": 0, "tubelet_size": 1, "mlp_ratio": 2.5},
+    ],
+    ids=["plain", "full-norm", "no-bias-gamma", "pose"],
+)
+def test_canonical_shapes_are_those_of_the_model(overrides: dict[str, Any]) -> None:
+    config = tiny_config(**overrides)
+    assert canonical_shapes(config) == {name: tuple(t.shape) for name, t in MaskedViT(config).state_dict().items()}
+
+
+# -- VideoMAE ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "encoder.", "_orig_mod.", "module._orig_mod.backbone."])
+def test_finetuned_videomae(prefix: str) -> None:
+    state = canonical(tiny_config())
+    got = convert(prefixed(state, prefix), **GEOMETRY)
+    assert (got.dialect, got.config, got.dropped, got.initialised) == ("videomae_finetune", tiny_config(), [], [])
+    assert_same(got.state, state)
+
+
+@pytest.mark.parametrize("container", [["model"], ["module"], ["state_dict"], ["state_dict", "model"]])
+def test_containers(container: list[str]) -> None:
+    nested: Any = canonical(tiny_config())
+    for name in reversed(container):
+        nested = {name: nested, "epoch": 3}
+    got = convert(nested, **GEOMETRY)
+    assert len(got.state) == len(canonical_shapes(tiny_config()))
+    assert any("epoch" in note for note in got.notes)
+
+
+def test_geometry_comes_from_the_shapes() -> None:
+    config = tiny_config(
+        embed_dim=128, in_chans=21, patch_size=4, img_size=56, num_frames=16, tubelet_size=1, mlp_ratio=2.5, depth=3
+    )
+    assert convert(canonical(config)).config == config
+
+
+def test_a_width_that_is_no_multiple_of_64_needs_num_heads() -> None:
+    with pytest.raises(ValueError, match="give num_heads"):
+        convert(canonical(tiny_config(embed_dim=48)))
+
+
+def test_layer_scale_of_v2_is_kept() -> None:
+    state = canonical(tiny_config(init_values=0.1))
+    got = convert(state, **GEOMETRY)
+    assert got.config.init_values > 0
+    assert_same(got.state, state)
+
+
+def test_cosine_attention_is_refused() -> None:
+    state = canonical(tiny_config()) | {"blocks.0.attn.scale": torch.ones(2, 1, 1)}
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.scale: cosine attention"):
+        convert(state, **GEOMETRY)
+
+
+def test_pretraining_model_gives_its_encoder_and_lists_the_decoder() -> None:
+    config = tiny_config(num_classes=0, fc_norm=False, final_norm=True)
+    got = convert({"model": videomae_pretrain(config)}, **GEOMETRY)
+    assert (got.dialect, got.config) == ("videomae_pretrain", config)
+    assert_same(got.state, canonical(config))
+    assert set(got.dropped) == set(decoder(config))
+
+
+def test_pretraining_model_as_the_start_of_fine_tuning() -> None:
+    got = convert(videomae_pretrain(tiny_config(num_classes=0, fc_norm=False, final_norm=True)), **GEOMETRY,
+                  num_classes=9, fc_norm=True, final_norm=False)  # fmt: skip
+    assert set(got.initialised) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(got.dropped)
+
+
+def test_without_mean_pooling_the_head_reads_the_first_token() -> None:
+    got = convert(canonical(tiny_config(final_norm=True, fc_norm=False)), **GEOMETRY)
+    assert (got.config.pool, got.config.final_norm, got.config.fc_norm) == ("first", True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sinusoid_table_in_a_file_is_dropped(dtype: torch.dtype) -> None:
+    state = canonical(tiny_config()) | {"pos_embed": sinusoid_positions(8, 64)[None].to(dtype)}
+    assert convert(state, **GEOMETRY).dropped == ["pos_embed"]
+
+
+def test_learned_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="pos_embed .* is learned"):
+        convert(canonical(tiny_config()) | {"pos_embed": torch.zeros(1, 8, 64)}, **GEOMETRY)
+
+
+# -- MM-CDFSL ----------------------------------------------------------------------------------------------------------
+
+MMCDFSL = dict(final_norm=True, fc_norm=True)
+
+
+@pytest.mark.parametrize("prefix", ["_forward_module.model.", "model.", ""])
+def test_mmcdfsl_stage_1_keeps_fc_norm_and_head(prefix: str) -> None:
+    config = tiny_config(**MMCDFSL)
+    got = convert({"module": mmcdfsl_stage1(config, prefix)}, **GEOMETRY)
+    assert (got.dialect, got.config) == ("mmcdfsl", config)
+    assert_same(got.state, canonical(config))
+    assert set(got.dropped) == {prefix + name for name in decoder(config)}
+
+
+@pytest.mark.parametrize("prefix", ["_forward_module.", ""])
+def test_mmcdfsl_stage_2_gives_the_student_with_eps_1e_5(prefix: str) -> None:
+    config = tiny_config(**MMCDFSL, norm_eps=1e-5)
+    got = convert({"state_dict": mmcdfsl_stage2(config, prefix)}, **GEOMETRY)
+    assert got.config == config
+    assert_same(got.state, canonical(config, seed=0))
+    assert f"{prefix}cmt.mlp_to_flow.0.weight" in got.dropped
+
+
+@pytest.mark.parametrize(
+    ("branch", "seed", "own"),
+    [
+        ("teacher_rgb", 1, {}),
+        ("teacher_flow", 2, {"in_chans": 2}),
+        ("teacher_pose", 3, {"in_chans": 21, "patch_size": 4, "img_size": 8}),
+    ],
+)
+def test_mmcdfsl_branches(branch: str, seed: int, own: dict[str, Any]) -> None:
+    config = tiny_config(**MMCDFSL, norm_eps=1e-5, **own)
+    got = convert(mmcdfsl_stage2(tiny_config(**MMCDFSL)), branch=branch, **{**GEOMETRY, "img_size": config.img_size})
+    assert got.config == config
+    assert_same(got.state, canonical(config, seed))
+
+
+def test_mmcdfsl_head_is_chosen() -> None:
+    state = mmcdfsl_classifier(canonical(tiny_config(**MMCDFSL)), {"verb": 3, "noun": 4})
+    got = convert(state, head="noun", **GEOMETRY)
+    assert torch.equal(got.state["head.weight"], state["head_noun.weight"])
+    assert {"head_action.weight", "head_verb.bias"} <= set(got.dropped)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"branch": "teacher_depth"}, "branch must be one of student_rgb, teacher_flow, teacher_pose, teacher_rgb"),
+        ({"head": "adverb"}, "head must be one of action, verb, noun"),
+    ],
+)
+def test_mmcdfsl_wrong_choice_names_the_right_ones(choice: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(mmcdfsl_stage2(tiny_config(**MMCDFSL)), **choice, **GEOMETRY)
+
+
+def test_branch_means_nothing_elsewhere() -> None:
+    with pytest.raises(ValueError, match="branch and head are for MM-CDFSL"):
+        convert(canonical(tiny_config()), branch="student_rgb", **GEOMETRY)
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biases", ["4.57", "5.17", "5.23"])
+@pytest.mark.parametrize("root", ["videomae.", ""])
+def test_hf_dialects(biases: str, root: str) -> None:
+    config = tiny_config(norm_eps=1e-12, fc_norm_eps=1e-5)
+    got = convert(hf_videomae(canonical(config), biases, root), **GEOMETRY)
+    assert (got.dialect, got.config) == ("hf_videomae", config)
+    assert_same(got.state, canonical(config))
+    assert len(got.dropped) == (2 if biases == "5.17" else 0)
+
+
+def test_hf_key_bias_is_kept_when_asked_for() -> None:
+    got = convert(hf_videomae(canonical(tiny_config()), "5.17"), qkv_bias="full", **GEOMETRY)
+    assert torch.equal(got.state["blocks.0.attn.qkv.bias"][64:128], torch.full((64,), 0.25))
+    assert got.dropped == []
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"], ids=["folder", "file"])
+def test_hf_config_json_is_read(tmp_path: Path, name: str) -> None:
+    about = hf_config(tiny_config(), layer_norm_eps=3e-6, hidden_act="gelu_new", num_frames=8, image_size=[32, 64])
+    folder = save_hf(tmp_path / "m", hf_videomae(canonical(tiny_config())), about)
+    config = convert(folder / name).config
+    assert (config.norm_eps, config.fc_norm_eps, config.num_heads) == (3e-6, 1e-5, 2)
+    assert (config.gelu, config.num_frames, config.img_size) == ("tanh", 8, (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "timesformer"}, "of a 'timesformer' model"),
+        ({"hidden_act": "relu"}, "hidden_act must be one of"),
+    ],
+)
+def test_hf_config_of_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = save_hf(tmp_path / "m", hf_videomae(canonical(tiny_config())), hf_config(tiny_config(), **changes))
+    with pytest.raises(ValueError, match=message):
+        convert(folder)
+
+
+def test_config_json_of_another_project_is_not_read(tmp_path: Path) -> None:
+    state = prefixed(canonical(tiny_config()), "model.")
+    folder = save_hf(tmp_path / "m", state, {"model_type": "VideoMAEv2_Base"})
+    assert "config.json is of another project and was not read" in convert(folder, **GEOMETRY).notes
+
+
+def test_hf_unknown_tensor_in_a_layer_is_refused() -> None:
+    state = hf_videomae(canonical(tiny_config())) | {"videomae.encoder.layer.0.adapter.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"layer\.0\.adapter\.weight, which MaskedViT has no place for"):
+        convert(state, **GEOMETRY)
+
+
+def test_hf_bias_under_two_names_is_refused() -> None:
+    state = hf_videomae(canonical(tiny_config()))
+    state["videomae.encoder.layer.0.attention.attention.query.bias"] = torch.ones(64)
+    with pytest.raises(ValueError, match=r"q_bias and .*query\.bias are the same bias"):
+        convert(state, **GEOMETRY)
+
+
+def test_hf_position_table_is_dropped() -> None:
+    table = {"videomae.embeddings.position_embeddings": sinusoid_positions(8, 64)[None]}
+    assert convert(hf_videomae(canonical(tiny_config())) | table, **GEOMETRY).dropped == list(table)
+
+
+def test_hf_without_a_key_is_refused() -> None:
+    state = hf_videomae(canonical(tiny_config()))
+    del state["videomae.encoder.layer.1.attention.attention.key.weight"]
+    with pytest.raises(ValueError, match="query, key and value must be there"):
+        convert(state, **GEOMETRY)
+
+
+# -- biases ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [["q_bias"], ["v_bias"], ["q_bias", "v_bias"]])
+@pytest.mark.parametrize("hugging_face", [False, True])
+def test_a_block_without_its_biases_is_refused(lost: list[str], hugging_face: bool) -> None:
+    state = canonical(tiny_config())
+    for bias in lost:
+        del state[f"blocks.1.attn.{bias}"]
+    with pytest.raises(ValueError, match=r"biases must be in all blocks or in none.*block 1 has"):
+        convert(hf_videomae(state) if hugging_face else state, **GEOMETRY)
+
+
+def test_no_biases_anywhere_is_a_model_without() -> None:
+    got = convert(canonical(tiny_config(qkv_bias="none")), **GEOMETRY)
+    assert got.config.qkv_bias == "none"
+    assert any("no query and value biases" in note for note in got.notes)
+
+
+@pytest.mark.parametrize("biases", ["4.57", "5.17"])
+def test_biases_that_are_all_zero_are_warned_of(biases: str) -> None:
+    state = canonical(tiny_config())
+    state = {name: t * 0 if name.endswith(("q_bias", "v_bias")) else t for name, t in state.items()}
+    with pytest.warns(UserWarning, match="every query and value bias is 0"):
+        convert(hf_videomae(state, biases), **GEOMETRY)
+
+
+def test_biases_that_are_not_zero_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(canonical(tiny_config()), **GEOMETRY)
+
+
+def test_a_model_of_full_biases_taken_without_the_key_computes_the_same() -> None:
+    state = canonical(tiny_config(qkv_bias="full"))
+    full, _ = load_pretrained_vit(state, **GEOMETRY)
+    without, _ = load_pretrained_vit(state, qkv_bias="qv", **GEOMETRY)
+    video = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(without(video), full(video), rtol=1e-5, atol=1e-6)
+
+
+# -- overrides ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_drops_the_head() -> None:
+    got = convert(canonical(tiny_config()), **GEOMETRY, num_classes=7)
+    assert got.initialised == got.dropped == ["head.weight", "head.bias"]
+    assert (got.config.num_classes, "head.weight" in got.state) == (7, False)
+
+
+def test_no_classes_drops_the_head() -> None:
+    got = convert(canonical(tiny_config()), **GEOMETRY, num_classes=0)
+    assert (got.initialised, got.dropped) == ([], ["head.weight", "head.bias"])
+
+
+def test_flow_from_rgb_drops_the_patch_embedding() -> None:
+    got = convert(prefixed(canonical(tiny_config()), "backbone."), **GEOMETRY, in_chans=2)
+    assert got.initialised == ["patch_embed.proj.weight", "patch_embed.proj.bias"]
+    assert got.dropped == ["backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"]
+    assert got.config.mean == (0.0507, 0.4671)
+
+
+def test_a_smaller_depth_drops_the_blocks_above() -> None:
+    got = convert(canonical(tiny_config()), **GEOMETRY, depth=1)
+    assert got.dropped
+    assert all(name.startswith("blocks.1.") for name in got.dropped)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"depth": 3}, r"has no blocks\.2\.norm1\.weight"),
+        ({"embed_dim": 128}, "the config makes it"),
+        ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight has shape"),
+        ({"num_clases": 3}, "unknown config field 'num_clases'"),
+    ],
+)
+def test_an_override_the_file_cannot_follow_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(canonical(tiny_config()), **{**GEOMETRY, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("blocks.1.mlp.fc1.weight", r"has no blocks\.1\.mlp\.fc1\.weight"),
+        ("blocks.0.attn.qkv.weight", "of no known dialect"),
+        ("head.bias", r"has no head\.bias"),
+        ("fc_norm.bias", r"has no fc_norm\.bias"),
+    ],
+)
+def test_a_missing_tensor_is_named(name: str, message: str) -> None:
+    state = canonical(tiny_config())
+    del state[name]
+    with pytest.raises(ValueError, match=message):
+        convert(state, **GEOMETRY)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.relative_position_bias_table", "cls_token", "patch_embed.norm.weight"])
+def test_a_tensor_that_would_change_the_model_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"holds {name}, which MaskedViT has no place for"):
+        convert(canonical(tiny_config()) | {name: torch.ones(3)}, **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (prefixed(canonical(tiny_config()), "visual."), "the prefix 'visual.' is none of backbone., encoder., model."),
+        (canonical(tiny_config()) | decoder(tiny_config()), r"no encoder\.patch_embed.*\n.*has a decoder"),
+        (hf_videomae(canonical(tiny_config())) | {"videomae.embeddings.cls_token": torch.ones(1)}, "has a class token"),
+        (
+            {"embeddings.patch_embeddings.projection.weight": torch.ones(64, 3, 16, 16)},
+            "has 4 dimensions, so it is an image model",
+        ),
+    ],
+    ids=["prefix", "bare encoder", "class token", "image"],
+)
+def test_a_near_miss_is_told_why(state: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)of no known dialect.*{message}"):
+        convert(state, **GEOMETRY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_embed.proj.weight": torch.ones(64, 3, 16, 16)}, r"patch embedding must be .* got \(64, 3, 16, 16\)"),
+        ({"blocks.0.mlp.fc1.weight": None}, "has no first block"),
+        ({"backbone.head.bias": torch.ones(5)}, r"head\.bias and backbone\.head\.bias are both head\.bias"),
+    ],
+    ids=["image", "no block", "twice"],
+)
+def test_a_broken_state_dict_is_refused(change: dict[str, torch.Tensor | None], message: str) -> None:
+    state = {name: t for name, t in (canonical(tiny_config()) | change).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        convert(state, **GEOMETRY)
+
+
+def test_an_unknown_file_is_told_why_by_each_dialect() -> None:
+    with pytest.raises(ValueError, match="of no known dialect") as error:
+        convert({"conv1.weight": torch.ones(2), "fc.weight": torch.ones(2)})
+    for dialect in ("mmfast", "mmcdfsl", "hf_videomae", "videomae_pretrain", "videomae_finetune"):
+        assert f"\n  {dialect}: " in str(error.value)
+
+
+def test_the_result_shares_no_memory_with_the_source() -> None:
+    state = canonical(tiny_config())
+    got = convert(state, **GEOMETRY).state
+    before = {name: t.clone() for name, t in got.items()}
+    for tensor in state.values():
+        tensor.fill_(7)
+    assert_same(got, before)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_reads_well() -> None:
+    model, report = load_pretrained_vit(canonical(tiny_config()), **GEOMETRY, num_classes=7)
+    text = str(report)
+    assert "videomae_finetune: " in text
+    assert "initialised (not in the file), 2: head.weight, head.bias" in text
+    assert torch.isfinite(model.get_parameter("head.weight")).all()
+
+
+def test_load_into_refuses_a_model_of_another_layout() -> None:
+    with pytest.raises(ValueError, match="has not the layout of MaskedViT"):
+        load_into(lambda config: torch.nn.Linear(2, 2), canonical(tiny_config()), **GEOMETRY)
+
+
+def test_load_pretrained_gives_a_model_at_rest_with_its_report() -> None:
+    model = load_pretrained(canonical(tiny_config()), **GEOMETRY)
+    assert not model.training
+    assert len(model.load_report.loaded) == len(canonical_shapes(tiny_config()))
