@@ -98,6 +98,7 @@ class Build(build_ext):
 
 setup(
     packages=[*find_packages(include=["mmfast", "mmfast.*"]), "mmfast_kernels"],
+    include_package_data=False,  # what package_data names, and nothing else
     package_dir={"": ".", "mmfast_kernels": "kernels/mmfast_kernels"},
     package_data={"mmfast_kernels": ["*.pyi", "py.typed", "tables/*.json"], "mmfast": ["py.typed"]},
     ext_modules=[

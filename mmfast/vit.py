@@ -16,7 +16,7 @@ from mmfast_kernels.pool import segment_mean_norm
 from . import profiling
 from .config import ViTConfig, from_name
 from .ensemble import ensemble
-from .layers import Block, LayerNorm, resize_positions, sinusoid_positions
+from .layers import Block, LayerNorm, Linear, resize_positions, sinusoid_positions
 from .masks import ClipIds, Grid, Pack, full_pack, join_packs, pack_masks
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class MaskedViT(nn.Module):
         )
         self.norm = LayerNorm(dim, eps=config.norm_eps) if config.final_norm else None
         self.fc_norm = LayerNorm(dim, eps=config.fc_norm_eps) if config.fc_norm else None
-        self.head: nn.Module = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self.head: nn.Module = Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
         self._positions = _Constant(sinusoid_positions(config.num_tokens, dim))
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         self._pixel_affine = _Constant(torch.stack((1 / (255 * std), -mean / std)))
@@ -276,7 +276,7 @@ class MaskedViT(nn.Module):
         changes: dict[str, Any] = {"num_classes": num_classes} | ({"pool": global_pool} if global_pool else {})
         self.config = replace(self.config, **changes)
         like = self.patch_embed.proj.weight
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        head = Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         self.head = head.to(like.device, like.dtype)
         self.head.apply(_init_weights)
 

@@ -15,8 +15,8 @@ SANITIZERS = ("address,undefined", "thread")
 
 def run(sanitizer: str) -> tuple[bool, str]:
     """Whether the driver ran without a report, and what compiler and driver said."""
-    sources = [ROOT / "tests" / "native" / "check.cpp", *(ROOT / "csrc").glob("*.cpp")]
-    sources = [str(source) for source in sources if source.name != "bindings.cpp"]
+    routines = [str(source) for source in (ROOT / "csrc").glob("*.cpp") if source.name != "bindings.cpp"]
+    sources = [str(ROOT / "tests" / "native" / "check.cpp"), *routines]
     with tempfile.TemporaryDirectory() as folder:
         binary = str(Path(folder) / "check")
         flags = ["-std=c++17", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]

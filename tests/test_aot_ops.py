@@ -13,7 +13,7 @@ from mmfast_kernels import mlp_triton, norm_triton, patches_triton, pool_triton
 
 pytestmark = [pytest.mark.aot, needs_compiler]
 
-WIDTHS = [384, 768, 1024, 1408, 4096, 16384]
+WIDTHS = [384, 768, 1024, 1408, 16384]
 
 
 def configs(op: str, arch: int, case: dict[str, Any]) -> list[Mapping[str, Any]]:
@@ -70,7 +70,7 @@ def test_norm_without_branch(dtype: str, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("d", [384, 1408, 16384])
 def test_pool(d: int, arch: int) -> None:
     config = tables.lookup("pool", d=d).config
     pointers = {"tokens_ptr": "*bf16", "cu_ptr": "*i32", "sums_ptr": "*fp32"}
@@ -119,7 +119,8 @@ def test_linear_gelu(case: dict[str, Any], config: Mapping[str, Any]) -> None:
         signature |= {"x_stride": "i32", "w_stride": "i32"}
         constexprs |= {"PRECISION": "ieee" if case["dtype"] == "fp32" else "tf32", "EVEN_K": True}
         kernel = mlp_triton.linear_gelu_kernel
-    for mode in ("erf", "tanh") if case["dtype"] == "bf16" else ("erf",):
+    default = config == tables.lookup("linear_gelu", **case).config
+    for mode in ("erf", "tanh") if default and case["dtype"] == "bf16" else ("erf",):  # erf needs the most registers
         report = compile_ops(kernel, signature, constexprs | {"MODE": mode}, options, case["arch"])
         report.check(matrix=case["dtype"] != "fp32")
         if config["kernel"] == "descriptor":
@@ -164,12 +165,11 @@ def test_tube_embed(case: dict[str, Any], config: Mapping[str, Any]) -> None:
     assert report.load_bits[128] > 0, report
 
 
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
     ("layout", "patch", "tubelet", "video"),
     [("rows", 16, 2, "u8"), ("interleaved", 16, 2, "u8"), ("planar", 14, 1, "u8"), ("planar", 16, 2, "bf16")],
 )
-def test_tube_embed_layouts(layout: str, patch: int, tubelet: int, video: str, arch: int) -> None:
-    case = {"arch": arch, "dtype": "bf16"}
+def test_tube_embed_layouts(layout: str, patch: int, tubelet: int, video: str) -> None:
+    case = {"arch": 90, "dtype": "bf16"}
     report = embed(case, tables.lookup("tube_embed", **case).config, layout, patch, tubelet, video)
     assert patch == 14 or report.load_bits.keys().isdisjoint({8}), report

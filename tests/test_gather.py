@@ -198,6 +198,16 @@ def test_a_wrong_buffer_is_named(out: Tensor, error: type[Exception]) -> None:
         gather_into(out, make_video(3, 2, 4), *some_tokens(), 2, 4)
 
 
+def test_gradients_reach_float_pixels_and_scale() -> None:
+    video, (token, clip) = make_video(3, 2, 4, torch.float32).requires_grad_(), some_tokens()
+    scale, shift = (t.requires_grad_() for t in affine(3))
+    gather_tubes(video, token, clip, 2, 4, scale, shift).sum().backward()
+    seen = torch.zeros(2, 12).index_put_((clip.long(), token.long()), torch.ones(23), accumulate=True)
+    per_pixel = seen.view(2, 1, 2, 3, 2).repeat_interleave(2, 2).repeat_interleave(4, 3).repeat_interleave(4, 4)
+    torch.testing.assert_close(video.grad, per_pixel * scale.detach().view(3, 1, 1, 1))
+    torch.testing.assert_close(scale.grad, (per_pixel * video.detach()).sum((0, 2, 3, 4)))
+
+
 def test_opcheck() -> None:
     video, ids = make_video(3, 2, 4), some_tokens()
     torch.library.opcheck(gather._gather_op, (video, *ids, 2, 4, None, None, torch.uint8, False))
@@ -312,8 +322,9 @@ def test_cuda_reads_pinned_host_memory(layout: str) -> None:
     token, clip = some_tokens()
     got = gather_tubes(pinned, token.cuda(), clip.cuda(), 2, 16)
     assert torch.equal(got.cpu(), gather_tubes(video, token, clip, 2, 16))
-    with pytest.raises(ValueError, match="pinned"):
-        gather_tubes(video, token.cuda(), clip.cuda(), 2, 16)
+    for elsewhere, ids in ((video, (token.cuda(), clip.cuda())), (video.cuda(), (token, clip))):
+        with pytest.raises(ValueError, match="pinned"):
+            gather_tubes(elsewhere, *ids, 2, 16)
 
 
 @pytest.mark.gpu

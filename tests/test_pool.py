@@ -83,6 +83,15 @@ def test_strided_tokens_and_fp32_weights(poisoned_empty: None) -> None:
 
 
 @interpret
+def test_rows_beyond_a_part_stay_out_of_the_norm() -> None:
+    """With eps 0 the norm of a row of zeros is NaN, and must not enter the sum."""
+    x, params = inputs(24, 9)
+    norm = {name: params[name] for name in NORMS["norm"]}
+    got = segment_mean_norm(x, None, length=9, token_eps=0.0, **norm)
+    torch.testing.assert_close(got, segment_mean_norm_ref(x, None, length=9, token_eps=0.0, **norm))
+
+
+@interpret
 def test_a_sequence_does_not_depend_on_its_batch() -> None:
     x, params = inputs(24, 60)
     whole = segment_mean_norm(x, None, length=20, **params)

@@ -27,8 +27,11 @@ def use_kernel(*tensors: Tensor | None) -> bool:
     """True when these inputs go to the Triton kernel.
 
     The kernels are forward only: an input that asks for a gradient goes to the reference, which autograd can follow.
+    They accumulate in fp32, so float64 goes there too.
     """
     given = [t for t in tensors if t is not None]
+    if any(t.dtype == torch.float64 for t in given):
+        return False
     if not HAVE_TRITON or not (given[0].is_cuda or INTERPRET):
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))

@@ -27,8 +27,11 @@ def _fill(
     scale: Tensor | None,  # [C] float32
     shift: Tensor | None,
 ) -> None:
-    if token_idx.is_cuda and not (video.is_cuda or (_C.with_cuda and video.is_pinned())):
-        raise ValueError(f"video: got {video.device} memory that {token_idx.device} cannot read, takes pinned memory")
+    pinned = on_native_cuda(token_idx) and video.device.type == "cpu" and video.is_pinned()
+    if video.device != token_idx.device and not pinned:
+        raise ValueError(
+            f"video: got {video.device}, takes {token_idx.device} as token_idx (or pinned memory for a GPU's tokens)"
+        )
     if video.dtype not in _PIXEL or not (token_idx.device.type == "cpu" or on_native_cuda(token_idx)):
         out.copy_(gather_tubes_ref(video, token_idx, clip_idx, tubelet, patch, scale, shift, out.dtype))
         return
@@ -167,12 +170,14 @@ def gather_tubes(
     stay as it is until the stream has passed.  token_idx, clip_idx: [T] int32.  scale, shift: [C] float32, or neither.
     out_dtype: default uint8 for raw uint8 pixels, else float32.  pin: rows of a CPU gather in page-locked memory, where
     there is a CUDA device.  Returns [T, C*tubelet*patch*patch] in the order (c, dt, dy, dx).
-    Raises ValueError, TypeError; on the CPU also for an id out of range, which on CUDA gives a row of
-    NaN (uint8: zeros).
+    Where a gradient is asked for, the reference runs.  Raises ValueError, TypeError; on the CPU also for an id out of
+    range, which on CUDA gives a row of NaN (uint8: zeros).
     """
     if out_dtype is None:
         out_dtype = torch.uint8 if video.dtype == torch.uint8 and scale is None else torch.float32
     _check(video, token_idx, clip_idx, tubelet, patch, scale, shift, out_dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (video, scale, shift)):
+        return gather_tubes_ref(video, token_idx, clip_idx, tubelet, patch, scale, shift, out_dtype)
     return _gather_op(video, token_idx, clip_idx, tubelet, patch, scale, shift, out_dtype, pin)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
+from mmfast_kernels.linear import linear, linear_erf_gelu
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,7 +29,6 @@ if HAVE_TRITON:
 
 MODES = ("erf", "tanh", "quick")
 REFIT = (0.797506497, 0.0370045102, -3.51252277e-4)
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache
@@ -120,30 +120,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "erf
         if h.dtype in (torch.bfloat16, torch.float16) or (torch.is_grad_enabled() and h.requires_grad):
             return h * torch.sigmoid(1.702 * h)
         return F.silu(h.mul_(1.702), inplace=True).div_(1.702)
-    if _use_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return F.gelu(F.linear(x, weight, bias))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, through oneDNN on the CPU: torch sends fp32 to MKL, which is half as fast on processors not Intel's.
-
-    x: [..., K]. weight: [N, K]. bias: [N] or None.
-    """
-    if _use_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def _use_onednn(*tensors: Tensor | None) -> bool:
-    given = [t for t in tensors if t is not None]
-    return (
-        _ONEDNN
-        and given[0].device.type == "cpu"
-        and given[0].dtype in (torch.float32, torch.bfloat16)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return linear_erf_gelu(x, weight, bias)
 
 
 def checked_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
-from mmfast_kernels.mlp import linear, tf32_allowed
+from mmfast_kernels.linear import linear
+from mmfast_kernels.mlp import tf32_allowed
 
 if HAVE_TRITON:
     from mmfast_kernels import patches_triton

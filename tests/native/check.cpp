@@ -134,11 +134,17 @@ void check_union() {
   EXPECT((ids == std::vector<int32_t>{0, 1, 2, 5, 9, 4}));
   EXPECT((clips == std::vector<int32_t>{0, 0, 0, 0, 0, 1}));
   EXPECT((row_of == std::vector<int32_t>{0, 2, 3, 1, 2, 4, 5, 5}));
-  for (const auto& wrong : {std::vector<int32_t>{0, 3, 6, 7, 9}, {0, 3, 2, 7, 8}, {1, 3, 6, 7, 8}, {0, 9, 6, 7, 8}, {0, 4, 6, 7, 8}}) {
-    EXPECT(refuses([&] {
-      mmfast::union_rows(keep.data(), 8, wrong.data(), 4, 2, ids.data(), clips.data(), row_of.data());
-    }));
+  using Bounds = std::vector<int32_t>;
+  const auto refused = [&](const std::vector<int32_t>& tokens, const Bounds& wrong) {
+    return refuses([&] {
+      mmfast::union_rows(tokens.data(), tokens.size(), wrong.data(), wrong.size() - 1, 2, ids.data(), clips.data(),
+                         row_of.data());
+    });
+  };
+  for (const Bounds& wrong : {Bounds{0, 3, 6, 7, 9}, {0, 3, 2, 7, 8}, {1, 3, 6, 7, 8}, {0, 4, 6, 7, 8}}) {
+    EXPECT(refused(keep, wrong));
   }
+  EXPECT(refused({1, 2, 3, 4}, {0, 9, 4}));
 }
 
 void check_threads() {
