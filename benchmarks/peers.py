@@ -43,6 +43,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class OneDnnLinear(nn.Linear):
+    """nn.Linear through oneDNN, which torch carries but does not choose for fp32 on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def have_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, hidden: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -106,6 +117,13 @@ class PlainViT(nn.Module):
         if wanted != set(renamed):
             raise ValueError(f"state: unused {sorted(set(renamed) - wanted)}, missing {sorted(wanted - set(renamed))}")
         self.load_state_dict(renamed, strict=False)
+
+    def with_onednn(self) -> "PlainViT":
+        """This model, its Linear layers from now on through oneDNN."""
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDnnLinear
+        return self
 
     def normalise(self, video: Tensor) -> Tensor:
         """uint8 [..., C, F, H, W] -> normalised in the model's dtype; a float video is only cast."""

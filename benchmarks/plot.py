@@ -64,7 +64,8 @@ def _panel(axis: Any, panel: Sequence[Ladder], full: Ladder | None) -> None:
     case = panel[0].case
     axis.set_title(f"ratio {case.ratio:.3g}: {case.tokens} tokens a view", fontsize=9)
     axis.set_xlabel("views a clip")
-    axis.set_xticks(views)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(views, labels=[str(count) for count in views])
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(True, which="both", axis="y", alpha=0.25)

@@ -143,8 +143,9 @@ def prediction_lines(names: Sequence[str], probs: Any, top: int = 3) -> list[str
 def machine_lines(facts: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
     versions = f"torch {facts['torch']}, triton {facts['triton'] or 'absent'}, Python {facts['python']}"
+    busy = facts["load_average"] > facts["threads"] + 0.5
     return [
         f"{where}; {versions}; commit {facts['commit'][:12]}; {facts['date']}; load {facts['load_average']}",
         f"measured now: copy {limits['copy_gb_s']:.4g} GB/s, "
         f"matrix product {limits['gemm_tflop_s']:.3g} TFLOP/s ({limits['gemm_size']:.0f}^3)",
-    ]
+    ] + (["other work loads this machine: trust no difference below the spread (+-)"] if busy else [])

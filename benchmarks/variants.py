@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import flops
 import torch
 from harness import Call, peak_of, progress
-from peers import Attention, HuggingFace, PlainViT, have_transformers, kept_ids, sdpa
+from peers import Attention, HuggingFace, PlainViT, have_onednn, have_transformers, kept_ids, sdpa
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class Rungs:
         self.plain = PlainViT(state, model.config).to(self.device, dtype) if dtype != torch.float32 else self.exact
         self.model = model
         self.hugging_face = HuggingFace(self.plain, model.config) if hugging_face and have_transformers() else None
+        on_cpu = self.device.type == "cpu" and dtype == torch.float32 and have_onednn()
+        self.onednn = PlainViT(state, model.config).with_onednn() if on_cpu else None
         self.compiled: dict[str, Callable[..., Tensor]] = {}
         if compiled and self.device.type == "cuda":
             for mode in ("max-autotune", "max-autotune-no-cudagraphs"):
@@ -108,9 +110,9 @@ class Rungs:
             for mode, function in self.compiled.items():
                 calls[f"strong, {mode}"] = bound(function, video, keep)
         else:
-            calls["strong, clip by clip"] = lambda: torch.cat(
-                [plain.strong(one, ids) for one, ids in zip(video.split(1), keep.split(1), strict=True)]
-            )
+            calls["strong, clip by clip"] = bound(clip_by_clip, plain, video, keep)
+            if self.onednn is not None:
+                calls["strong, clip by clip, oneDNN"] = bound(clip_by_clip, self.onednn, video, keep)
         calls[OURS] = lambda: self.model.ensemble(video, views=case.views, keep=case.kept, seed=self.seed)
         return calls
 
@@ -136,11 +138,11 @@ class Rungs:
             return {BARE: at_once}
         one = products(1)
 
-        def clip_by_clip() -> None:
+        def one_by_one() -> None:
             for _ in range(clips):
                 one()
 
-        return {BARE: at_once, f"{BARE}, clip by clip": clip_by_clip}
+        return {BARE: at_once, f"{BARE}, clip by clip": one_by_one}
 
     def flops(self, name: str, case: Case) -> flops.Flops:
         """Operations of one clip on a rung: the published paths embed every token for every view."""
@@ -155,6 +157,11 @@ def with_tf32(call: Callable[[], Tensor]) -> Tensor:
         return call()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def clip_by_clip(plain: PlainViT, video: Tensor, keep: Tensor) -> Tensor:
+    """`strong` on one clip after the other: on a CPU what a clip needs stays in the cache."""
+    return torch.cat([plain.strong(one, ids) for one, ids in zip(video.split(1), keep.split(1), strict=True)])
 
 
 def bound(function: Callable[..., Any], *args: Any) -> Call:

@@ -88,7 +88,7 @@ def test_strong_baseline_multiplies_what_is_counted(tiny, clips):
 
 
 def test_bare_products_multiply_what_is_counted():
-    run = flops.bare_products(TINY, 4, 2 * KEPT, device="cpu", dtype=torch.float32)
+    run = flops.bare_products(TINY, 4, 2 * KEPT, device="cpu", dtype=torch.float32, product=flops.by_mm)
     expected = 2 * flops.count(TINY, 2 * KEPT, views=2, embedded=2 * KEPT).true
     assert counted(run) == expected
 

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import relative_error
 from plain import logits as plain_logits
 from plain import tokens as plain_tokens
@@ -334,3 +336,36 @@ def test_pack_of_given_masks_keeps_ascending_ids() -> None:
         ids = pack.keep_idx[10 * s : 10 * s + 10].long()
         assert bool((ids.diff() > 0).all())
         assert not masks.view(4, -1)[s][ids].any()
+
+
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 3, 21]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([4, 7, 16]),
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    st.floats(0, 0.99),
+    st.permutations([1, 2, 3, 4]),
+    st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_geometry_stride_and_ratio(batch, channels, tubelet, patch, grid, ratio, order, raw) -> None:
+    """Any memory layout of a video of any geometry gives the published model's logits."""
+    t, h, w = grid
+    model = make(
+        in_chans=channels,
+        tubelet_size=tubelet,
+        patch_size=patch,
+        num_frames=t * tubelet,
+        img_size=(h * patch, w * patch),
+    )
+    shape = (batch, channels, t * tubelet, h * patch, w * patch)
+    stored = torch.rand([shape[0], *(shape[i] for i in order)]).mul(255).to(torch.uint8 if raw else torch.float32)
+    video = stored.permute(0, *(1 + order.index(i) for i in (1, 2, 3, 4)))
+    assert video.shape == shape
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (model.config.mean, model.config.std))
+    normalised = (video / 255 - mean) / std if raw else video
+    mask = tube_masks(batch, 1, grid, ratio)[:, 0]
+    with torch.no_grad():
+        expected = plain_logits(model.config, model.state_dict(), normalised, mask)
+        assert relative_error(model(video, mask), expected) <= TOLERANCE
