@@ -3,14 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: bench test lint clean
+.PHONY: bench test test-gpu lint clean
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/ensemble_masked.py $(ARGS)
 
 test: .venv/.installed lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
-	$(BIN)/python -m pytest -q -m "not interpret"
+	$(BIN)/python -m pytest -q -m "not interpret and not gpu"
+
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -31,7 +31,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=sorted(DTYPES), help="default: bf16 on CUDA, fp32 on CPU")
     add("--clips", type=at_least(1), metavar="N", help="clips in the timed batch; default: 4 on CPU, 16 on CUDA")
-    add("--rounds", type=at_least(2), help="samples of each rung; default: as many as 20 s a case allow, 2 to 25")
+    add(
+        "--rounds",
+        type=at_least(2),
+        help="samples of each rung; default: as many as 12 s a case allow (20 s on CUDA), 2 to 25",
+    )
     add("--seed", type=at_least(0), default=0, help="of masks, weights and drawn clips")
     add("--threads", type=at_least(1), help="CPU threads; default: torch's")
     add("--hf", action="store_true", help="also time transformers' VideoMAE, when installed")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import clips
 import numpy as np
 import pytest
 import torch
+import video_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,12 +36,12 @@ FILES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=FILES)
 def any_file(request, tmp_path_factory) -> Path:
     options = dict(FILES[request.param])
-    return clips.write_clip(tmp_path_factory.mktemp("files") / options.pop("name"), **options)
+    return video_files.write_clip(tmp_path_factory.mktemp("files") / options.pop("name"), **options)
 
 
 @pytest.fixture(scope="module")
 def mp4(tmp_path_factory) -> Path:
-    return clips.write_clip(tmp_path_factory.mktemp("mp4") / "clip.mp4")
+    return video_files.write_clip(tmp_path_factory.mktemp("mp4") / "clip.mp4")
 
 
 @pytest.fixture
@@ -58,26 +58,26 @@ def no_decoding_from_start(monkeypatch) -> None:
 
 
 def test_frames_are_counted_without_decoding(any_file):
-    assert probe(any_file).frames == len(clips.decode_all(any_file))
+    assert probe(any_file).frames == len(video_files.decode_all(any_file))
 
 
 @pytest.mark.parametrize("indices", [[0], [18], [3, 4, 5], [16, 1, 9], [7, 7, 7], [8, 15, 8, 0]], ids=str)
 def test_frames_equal_a_full_decode(any_file, indices):
-    truth = clips.decode_all(any_file)
+    truth = video_files.decode_all(any_file)
     assert np.array_equal(decode_frames(any_file, indices).numpy(), truth[indices])
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
 def test_every_single_frame_equals_a_full_decode(any_file, threads):
-    truth = clips.decode_all(any_file)
+    truth = video_files.decode_all(any_file)
     for i, expected in enumerate(truth):
         assert np.array_equal(decode_frames(any_file, [i], threads=threads)[0].numpy(), expected), i
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_index_is_the_place_in_the_source(tmp_path, name):
-    source = clips.moving_frames(24)
-    path = clips.write_clip(tmp_path / name, source, options={"crf": "10"})
+    source = video_files.moving_frames(24)
+    path = video_files.write_clip(tmp_path / name, source, options={"crf": "10"})
     for i in (0, 5, 11, 23):
         error = np.abs(decode_frames(path, [i]).numpy().astype(float) - source).mean(axis=(1, 2, 3))
         assert error.argmin() == i
@@ -85,13 +85,13 @@ def test_index_is_the_place_in_the_source(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_closed_gops_are_entered_at_their_key_frame(tmp_path, name, no_decoding_from_start):
-    path = clips.write_clip(tmp_path / name)
+    path = video_files.write_clip(tmp_path / name)
     assert probe(path).keyframes == (0, 8, 16)
-    assert np.array_equal(decode_frames(path, [21, 9]).numpy(), clips.decode_all(path)[[21, 9]])
+    assert np.array_equal(decode_frames(path, [21, 9]).numpy(), video_files.decode_all(path)[[21, 9]])
 
 
 def test_late_frame_needs_only_the_packets_of_its_own_gop(tmp_path):
-    path = clips.write_clip(tmp_path / "a.mp4")
+    path = video_files.write_clip(tmp_path / "a.mp4")
     ((first, last),) = video._packet_spans(probe(path), [17])
     assert first == 16
     assert last < 24
@@ -102,15 +102,15 @@ def test_late_frame_needs_only_the_packets_of_its_own_gop(tmp_path):
     [("open-gop=1", 2), ("intra-refresh=1:keyint=8", 2), ("intra-refresh=1:keyint=8", 0)],
 )
 def test_key_frames_that_do_not_reset_the_decoder_are_not_trusted(tmp_path, refresh, b_frames):
-    path = clips.write_clip(tmp_path / "a.mkv", b_frames=b_frames, options={"x264-params": refresh})
-    with clips.av.open(str(path)) as file:
+    path = video_files.write_clip(tmp_path / "a.mkv", b_frames=b_frames, options={"x264-params": refresh})
+    with video_files.av.open(str(path)) as file:
         assert sum(packet.is_keyframe for packet in file.demux(video=0)) > 2
     assert probe(path).keyframes == (0,)
 
 
 @pytest.mark.parametrize(("name", "codec"), [("a.avi", "libx264"), ("a.mp4", "mpeg4")], ids=["container", "codec"])
 def test_containers_and_codecs_without_proof_are_not_trusted(tmp_path, name, codec):
-    assert probe(clips.write_clip(tmp_path / name, codec=codec)).keyframes == ()
+    assert probe(video_files.write_clip(tmp_path / name, codec=codec)).keyframes == ()
 
 
 @pytest.mark.parametrize(
@@ -139,25 +139,25 @@ def test_packets_other_than_promised_fall_back_to_the_start(mp4, lie):
     moved = {"landing": range(24), "frame": [14], "keyframes": []}[lie]
     times = tuple(t + 3 * (i in moved) for i, t in enumerate(info.timestamps))
     info = replace(info, timestamps=times, keyframes=(0, 5, 13) if lie == "keyframes" else info.keyframes)
-    assert np.array_equal(decode_frames(mp4, [14, 19], info=info).numpy(), clips.decode_all(mp4)[[14, 19]])
+    assert np.array_equal(decode_frames(mp4, [14, 19], info=info).numpy(), video_files.decode_all(mp4)[[14, 19]])
 
 
 def test_larger_second_stream_is_decoded(tmp_path):
-    large = clips.moving_frames(12, (64, 96), seed=1)
-    path = clips.write_two_streams(tmp_path / "two.mp4", clips.moving_frames(9, (32, 48)), large)
+    large = video_files.moving_frames(12, (64, 96), seed=1)
+    path = video_files.write_two_streams(tmp_path / "two.mp4", video_files.moving_frames(9, (32, 48)), large)
     info = probe(path)
     assert (info.stream, info.frames, info.height, info.width) == (1, 12, 64, 96)
-    assert np.array_equal(decode_frames(path, [3, 11]).numpy(), clips.decode_all(path)[[3, 11]])
+    assert np.array_equal(decode_frames(path, [3, 11]).numpy(), video_files.decode_all(path)[[3, 11]])
 
 
 def test_sound_beside_the_pictures_is_ignored(tmp_path):
-    path = clips.write_video_with_audio(tmp_path / "talk.mp4", clips.moving_frames(12))
-    assert np.array_equal(decode_frames(path, [2, 10]).numpy(), clips.decode_all(path)[[2, 10]])
+    path = video_files.write_video_with_audio(tmp_path / "talk.mp4", video_files.moving_frames(12))
+    assert np.array_equal(decode_frames(path, [2, 10]).numpy(), video_files.decode_all(path)[[2, 10]])
 
 
 def test_rotation_of_the_file_is_applied(tmp_path):
-    upright = clips.write_clip(tmp_path / "a.mp4", 4)
-    turned = clips.write_clip(tmp_path / "b.mp4", 4, rotation=90)
+    upright = video_files.write_clip(tmp_path / "a.mp4", 4)
+    turned = video_files.write_clip(tmp_path / "b.mp4", 4, rotation=90)
     assert torch.equal(decode_frames(turned, [2])[0], torch.rot90(decode_frames(upright, [2])[0]))
 
 
@@ -172,7 +172,7 @@ def test_no_indices_give_no_frames(mp4):
 
 
 def test_name_with_a_colon_is_a_file_name(tmp_path):
-    assert probe(clips.write_clip(tmp_path / "a.mp4", 4).rename(tmp_path / "http: clip.mp4")).frames == 4
+    assert probe(video_files.write_clip(tmp_path / "a.mp4", 4).rename(tmp_path / "http: clip.mp4")).frames == 4
 
 
 # -- sampling --
@@ -227,7 +227,7 @@ def test_senseless_sampling_names_the_argument(name, value, error):
 @pytest.mark.parametrize("size", [(32, 32), (96, 60), (17, 90)])
 def test_squash_is_within_one_grey_level_of_pil(size):
     Image = pytest.importorskip("PIL.Image")
-    frame = clips.moving_frames(1)[0]
+    frame = video_files.moving_frames(1)[0]
     truth = np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BILINEAR)).astype(int)
     ours = resize_frames(torch.from_numpy(frame)[None], size)[0].numpy().astype(int)
     assert np.abs(ours - truth).max() <= 1
@@ -236,7 +236,7 @@ def test_squash_is_within_one_grey_level_of_pil(size):
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (48, 48), (33, 77)])
 def test_crop_keeps_the_aspect_and_takes_the_centre(shape):
     Image = pytest.importorskip("PIL.Image")
-    frame = clips.moving_frames(1, shape)[0]
+    frame = video_files.moving_frames(1, shape)[0]
     height, width = shape
     short = 32
     resized = (short * width // height, short) if width >= height else (short, short * height // width)
@@ -268,10 +268,10 @@ def test_unknown_resize_is_refused(mp4):
 
 def _bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     """name -> (file, what the message says)."""
-    good = clips.write_clip(folder / "good.mp4", container_options={"movflags": "faststart"})
-    plain = clips.write_clip(folder / "plain.mp4")
-    mkv = clips.write_clip(folder / "good.mkv")
-    avi = clips.write_clip(folder / "good.avi", codec="mpeg4")
+    good = video_files.write_clip(folder / "good.mp4", container_options={"movflags": "faststart"})
+    plain = video_files.write_clip(folder / "plain.mp4")
+    mkv = video_files.write_clip(folder / "good.mkv")
+    avi = video_files.write_clip(folder / "good.avi", codec="mpeg4")
     text, empty = folder / "text.mp4", folder / "empty.mp4"
     text.write_text("not a video at all\n" * 50)
     empty.touch()
@@ -283,16 +283,16 @@ def _bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "empty": (empty, "empty file"),
         "text": (text, "not a video"),
         "playlist": (playlist, "not a video"),
-        "wav": (clips.write_audio(folder / "a.wav", "pcm_s16le"), "audio only"),
-        "m4a": (clips.write_audio(folder / "a.m4a", "aac"), "audio only"),
-        "cover": (clips.write_audio_with_cover(folder / "cover.m4a"), "audio only"),
-        "short": (clips.write_clip(folder / "short.mp4", 5), "too short: 16 frames, the video has 5"),
-        "mp4 cut before its index": (clips.cut(plain, folder / "cut1.mp4", 0.6), "truncated"),
-        "mp4 cut after its index": (clips.cut(good, folder / "cut2.mp4", 0.6), "truncated"),
-        "mkv cut": (clips.cut(mkv, folder / "cut.mkv", 0.6), "truncated"),
-        "avi cut": (clips.cut(avi, folder / "cut.avi", 0.6), "truncated"),
-        "mp4 of noise": (clips.damage(good, folder / "noise.mp4", 0.5), "corrupt"),
-        "mp4 with a broken header": (clips.damage(good, folder / "header.mp4", 0.002), "corrupt"),
+        "wav": (video_files.write_audio(folder / "a.wav", "pcm_s16le"), "audio only"),
+        "m4a": (video_files.write_audio(folder / "a.m4a", "aac"), "audio only"),
+        "cover": (video_files.write_audio_with_cover(folder / "cover.m4a"), "audio only"),
+        "short": (video_files.write_clip(folder / "short.mp4", 5), "too short: 16 frames, the video has 5"),
+        "mp4 cut before its index": (video_files.cut(plain, folder / "cut1.mp4", 0.6), "truncated"),
+        "mp4 cut after its index": (video_files.cut(good, folder / "cut2.mp4", 0.6), "truncated"),
+        "mkv cut": (video_files.cut(mkv, folder / "cut.mkv", 0.6), "truncated"),
+        "avi cut": (video_files.cut(avi, folder / "cut.avi", 0.6), "truncated"),
+        "mp4 of noise": (video_files.damage(good, folder / "noise.mp4", 0.5), "corrupt"),
+        "mp4 with a broken header": (video_files.damage(good, folder / "header.mp4", 0.002), "corrupt"),
     }
 
 
@@ -318,8 +318,8 @@ def test_bad_file_says_what_is_wrong_with_it(bad_files, name):
 
 
 def test_mp4_cut_between_two_packets_is_truncated(tmp_path):
-    path = clips.write_clip(tmp_path / "a.mp4", container_options={"movflags": "faststart"})
-    with clips.av.open(str(path)) as file:
+    path = video_files.write_clip(tmp_path / "a.mp4", container_options={"movflags": "faststart"})
+    with video_files.av.open(str(path)) as file:
         end = [packet.pos + packet.size for packet in file.demux(video=0) if packet.size][12]
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(VideoError, match="truncated: the header promises 24 frames, the data ends after 13"):
