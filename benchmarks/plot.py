@@ -9,7 +9,7 @@ from variants import OURS
 
 # Colours that stay apart for colour-blind readers; ours is the strongest.
 COLOURS = {"published": "#7f7f7f", "best peer": "#0072b2", OURS: "#d55e00", "bare matrix products": "#009e73"}
-MARKERS = {"published": "s", "best peer": "D", OURS: "o", "bare matrix products": ""}
+MARKERS = {"published": "s", "best peer": "D", OURS: "o"}
 
 
 def save(path: str | Path, ladders: Sequence[Ladder], subtitle: str) -> None:
@@ -36,6 +36,8 @@ def save(path: str | Path, ladders: Sequence[Ladder], subtitle: str) -> None:
 
 
 def _panel(axis: Any, panel: Sequence[Ladder], full: Ladder | None) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     views = [ladder.case.views for ladder in panel]
     series = {
         "published": [(ladder.published.timing, ladder.published.clips) for ladder in panel],
@@ -51,7 +53,7 @@ def _panel(axis: Any, panel: Sequence[Ladder], full: Ladder | None) -> None:
         )
     floor = [ladder.floor_ms / ladder.rows[0].clips for ladder in panel]
     name = "bare matrix products"
-    axis.plot(views, floor, color=COLOURS[name], linestyle=":", marker="_" if len(views) == 1 else "", label=name)
+    axis.plot(views, floor, color=COLOURS[name], linestyle=":", marker="_", markersize=14, label=name)
     if full is not None and not panel[0].case.full:
         whole = full.row(OURS)
         axis.axhline(
@@ -65,7 +67,10 @@ def _panel(axis: Any, panel: Sequence[Ladder], full: Ladder | None) -> None:
     axis.set_title(f"ratio {case.ratio:.3g}: {case.tokens} tokens a view", fontsize=9)
     axis.set_xlabel("views a clip")
     axis.set_xscale("log", base=2)
+    axis.set_xlim(min(views) / 1.5, max(views) * 1.5)
     axis.set_xticks(views, labels=[str(count) for count in views])
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(True, which="both", axis="y", alpha=0.25)
