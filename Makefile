@@ -19,6 +19,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 # The environment is made again when what it is made from changes.
 .venv/.installed: pyproject.toml constraints.txt setup.py $(shell find csrc -type f)

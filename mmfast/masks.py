@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfast_kernels.kept import kept_ids
 from mmfast_kernels.sampling import sample_keep
 
 Grid = tuple[int, int, int]
@@ -158,27 +159,22 @@ def full_pack(batch: int, num_tokens: int, device: Device = "cpu") -> Pack:
 def pack_masks(mask: Tensor) -> Pack:
     """Pack of given masks.   mask: bool [B, N] or [B, P, N], True = removed; views may keep different numbers of tokens.
 
-    Reads the counts back from the device, so on a GPU it waits once; sample_pack does not.
+    Reads the counts back from the device, so on a GPU it waits once; sample_pack does not. While torch.compile traces
+    there are no counts: the pack then has no common length, and an empty view is not refused.
     """
     views = mask if mask.dim() == 3 else mask[:, None]
-    batch, num_views, _ = views.shape
-    kept = views.logical_not()
-    counts = kept.sum(-1).flatten()
+    batch, num_views, num_tokens = views.shape
+    counts = views.logical_not().sum(-1).flatten()
+    cu_seqlens = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    clip_of = torch.arange(batch, dtype=torch.int32, device=mask.device).repeat_interleave(num_views)
+    if torch.compiler.is_compiling():
+        return Pack(kept_ids(views), cu_seqlens, clip_of, None, num_tokens)
     lengths = counts.tolist()
     if 0 in lengths:
         clip, view = divmod(lengths.index(0), num_views)
         raise ValueError(f"mask removes every token of clip {clip}, view {view}; each view must keep at least one")
-    cu_seqlens = torch.zeros(batch * num_views + 1, dtype=torch.int32, device=mask.device)
-    cu_seqlens[1:] = counts.cumsum(0)
-    equal = len(set(lengths)) <= 1
     longest = max(lengths, default=1)
-    return Pack(
-        kept.nonzero()[:, 2].to(torch.int32),
-        cu_seqlens,
-        torch.arange(batch, dtype=torch.int32, device=mask.device).repeat_interleave(num_views),
-        longest if equal else None,
-        longest,
-    )
+    return Pack(kept_ids(views), cu_seqlens, clip_of, longest if len(set(lengths)) <= 1 else None, longest)
 
 
 def join_packs(packs: Sequence[Pack], batches: Sequence[int]) -> Pack:

@@ -108,3 +108,8 @@ def test_joined_packs_number_clips_through() -> None:
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tube_masks(2, **arguments)
+
+
+def test_kept_ids_pass_opcheck() -> None:
+    mask = tube_masks(2, 2, (2, 3, 3), 0.5)
+    torch.library.opcheck(torch.ops.mmfast.kept_ids.default, (mask,))

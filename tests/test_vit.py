@@ -198,21 +198,25 @@ def test_stochastic_depth_drops_whole_sequences_in_training_only() -> None:
         assert not torch.allclose(model.train()(video)[1:], model(video)[:1].expand(7, -1))
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "pack"])
+@pytest.mark.parametrize("mask_kind", ["none", "pack", "bool"])
 def test_compiles_in_one_graph(mask_kind: str) -> None:
     model = make(depth=1)
     video = clips(model)
     mask = None if mask_kind == "none" else sample_pack(2, 2, model.config.grid, 0.75)
+    if mask_kind == "bool":
+        mask = torch.stack([tube_masks(2, 1, model.config.grid, r)[:, 0] for r in (0.25, 0.75)], 1)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert relative_error(compiled(video, mask), model(video, mask)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "pack"])
+@pytest.mark.parametrize("mask_kind", ["none", "pack", "bool"])
 def test_exports(mask_kind: str) -> None:
     model = make(depth=1)
     video = clips(model)
     mask = None if mask_kind == "none" else sample_pack(2, 2, model.config.grid, 0.75)
+    if mask_kind == "bool":
+        mask = tube_masks(2, 2, model.config.grid)
     with torch.no_grad():
         exported = torch.export.export(model, (video, mask)).module()
         assert relative_error(exported(video, mask), model(video, mask)) <= TOLERANCE

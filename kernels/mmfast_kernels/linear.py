@@ -30,9 +30,9 @@ def onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
         _ONEDNN
+        and not torch.compiler.is_compiling()
         and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
     )

@@ -115,7 +115,8 @@ def tube_embed(
     pos_idx = token_idx if pos_idx is None else pos_idx
     if use_kernel(video, weight, bias, pos):
         return tube_embed_op(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (video, weight, bias, pos)):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (video, weight, bias, pos))
+    if needs_grad or torch.compiler.is_compiling():
         return _embed(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
     parts = zip(token_idx.split(_CPU_ROWS), clip_idx.split(_CPU_ROWS), pos_idx.split(_CPU_ROWS), strict=True)
     blocks = [_embed(video, weight, bias, pos, token, clip, row, scale, shift) for token, clip, row in parts]
