@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "attention.h"
 #include "gather.h"
 #include "pack.h"
 #include "philox.h"
@@ -18,6 +19,7 @@
 namespace py = pybind11;
 using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is none
 using Five = std::array<int64_t, 5>;
+using Three = std::array<int64_t, 3>;
 
 namespace {
 
@@ -50,6 +52,16 @@ void gather_tubes(Address video, int video_type, const Five& size, const Five& s
   mmfast::gather_tubes(video_at(video, video_type, size, stride),
                        {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
                        {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, threads);
+}
+
+mmfast::Heads heads_at(Address data, const Three& layout) { return {at<float>(data), layout[0], layout[1], layout[2]}; }
+
+void attention(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v,
+               const Three& v_layout, Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences,
+               int64_t heads, int64_t d, bool causal, float scale, Address out, int threads, int widest) {
+  mmfast::attention({heads_at(q, q_layout), heads_at(k, k_layout), heads_at(v, v_layout), {at<int32_t>(cu_q), n_q},
+                     {at<int32_t>(cu_k), n_k}, sequences, heads, d, causal, scale},
+                    at<float>(out), threads, widest);
 }
 
 int64_t union_rows(Address keep_idx, int64_t tokens, Address cu_seqlens, int64_t sequences, int64_t views,
@@ -92,6 +104,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox4x32_10", &philox, no_gil);
   m.def("sample_keep", &sample_keep, no_gil);
   m.def("gather_tubes", &gather_tubes, no_gil);
+  m.def("attention", &attention, no_gil);
   m.def("union_rows", &union_rows, no_gil);
   m.def("build_info", &build_info, no_gil);
 #ifdef MMFAST_WITH_CUDA

@@ -1,7 +1,7 @@
 """The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
 
 Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
-mmfast_kernels.sampling and mmfast_kernels.gather. All release the GIL and may run at the same time.
+mmfast_kernels.sampling, .gather and .attention. All release the GIL and may run at the same time.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,11 @@ def gather_tubes(
 def gather_tubes_cuda(
     video: int, video_type: int, size: Sequence[int], stride: Sequence[int], token_idx: int, clip_idx: int, count: int,
     tubelet: int, patch: int, rows: int, rows_type: int, scale: int, shift: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def attention(
+    q: int, q_layout: Sequence[int], k: int, k_layout: Sequence[int], v: int, v_layout: Sequence[int], cu_q: int,
+    n_q: int, cu_k: int, n_k: int, sequences: int, heads: int, d: int, causal: bool, scale: float, out: int,
+    threads: int, widest: int, /,
 ) -> None: ...  # fmt: skip
 def union_rows(
     keep_idx: int, tokens: int, cu_seqlens: int, sequences: int, views: int, union_idx: int, union_clip: int,

@@ -102,10 +102,14 @@ def packed_attention(
     at = _check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
     scale = _check_scale(scale, q.shape[2])
     wanted = backend or backends.forced()
-    # SDPA itself where a gradient is wanted or where it is the CPU's best: torch.compile then sees through it.
-    if _needs_grad(q, k, v) or (at.cu_q is None and not (q.is_cuda or INTERPRET)):
+    case = _case(q, k, v, at, causal, False)
+    # SDPA itself where a gradient is wanted, and for one length on the CPU where our routine does not take it or
+    # torch.compile can see through SDPA.
+    dense_on_cpu = at.cu_q is None and not (q.is_cuda or INTERPRET)
+    blocked = torch.compiler.is_compiling() or backends.refusal("cpp", case) is not None
+    if case.needs_grad or (dense_on_cpu and wanted != "cpp" and (wanted is not None or blocked)):
         if wanted is not None:
-            backends.insist(wanted, _case(q, k, v, at, causal, False))
+            backends.insist(wanted, case)
         return backends.run(wanted or "torch", q, k, v, at, causal, scale)
     return _op(q, k, v, at.cu_q, at.cu_k, at.n_q, at.n_k, causal, scale, False, wanted or "")[0]
 

@@ -1,4 +1,4 @@
-"""Who computes attention: the Triton kernel, cuDNN, flash-attn, or torch; and why another is refused.
+"""Who computes attention: the Triton kernel, the C++ routine, cuDNN, flash-attn, or torch; and why another is refused.
 
 The table tables/attention_backends.json holds the order of preference by head width, length and architecture; the first
 backend that does not refuse the case is taken. MMFAST_ATTENTION=<name> takes one by name, or says why it cannot be.
@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, INTERPRET
+from mmfast_kernels.native import _C, address, threads
 
-NAMES = ("triton", "cudnn", "flash_attn", "torch")
+NAMES = ("triton", "cpp", "cudnn", "flash_attn", "torch")
 TRITON_WIDTHS = (32, 64, 80, 128)
 HALF = (torch.float16, torch.bfloat16)
 
@@ -54,6 +55,8 @@ def refusal(backend: str, case: Case) -> str | None:
         return None
     if backend == "triton":
         return _refusal_of_triton(case)
+    if backend == "cpp":
+        return _refusal_of_cpp(case)
     name = {"cudnn": "cuDNN", "flash_attn": "flash-attn"}[backend]
     if case.device.type != "cuda":
         return f"{name} needs a CUDA device, got {case.device.type}"
@@ -86,6 +89,18 @@ def _refusal_of_triton(case: Case) -> str | None:
     if case.row_stride >= 2**23:  # times a block of up to 256 rows, an offset must fit 32 bits
         return f"the Triton kernel takes rows less than 2**23 elements apart, got {case.row_stride}"
     return None
+
+
+def _refusal_of_cpp(case: Case) -> str | None:
+    if case.device.type != "cpu":
+        return f"the C++ routine needs a CPU tensor, got {case.device.type}"
+    if case.dtype != torch.float32:
+        return f"the C++ routine takes float32, got {case.dtype}"
+    if case.d % 16 or not 16 <= case.d <= 128:
+        return f"the C++ routine takes d up to 128 in steps of 16, got {case.d}"
+    if case.needs_grad:
+        return "the C++ routine is forward only, and an input asks for a gradient"
+    return "the log-sum-exp is not taken from the C++ routine" if case.with_lse else None
 
 
 def _refusal_of_cudnn(case: Case) -> str | None:
@@ -171,11 +186,13 @@ def _describe(case: Case) -> dict[str, Any]:
 
 
 def run(backend: str, q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float) -> Tensor:
-    """Attention by cudnn, flash_attn or torch; differentiable."""
+    """Attention by cpp, cudnn, flash_attn or torch; differentiable but for cpp."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
     if k.shape[0] == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if backend == "cpp":
+        return _cpp(q, k, v, at, causal, scale)
     if backend == "flash_attn":
         return _flash_attn(q, k, v, at, causal, scale)
     if at.cu_q is None:
@@ -193,6 +210,18 @@ def run(backend: str, q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool
     if q.is_cuda or torch.compiler.is_compiling():
         return _padded(q, k, v, at, causal, scale)
     return _runs(q, k, v, at, causal, scale)
+
+
+def _cpp(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float, widest: int = 64) -> Tensor:
+    """csrc/attention.cpp, with vector registers of `widest` bytes (16, 32 or 64) at most."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sequences = q.shape[0] // at.n_q if at.cu_q is None else at.cu_q.shape[0] - 1
+    q_at, k_at, v_at = ((x.shape[0], x.stride(0), x.stride(1)) for x in (q, k, v))
+    _C.attention(
+        address(q), q_at, address(k), k_at, address(v), v_at, address(at.cu_q), at.n_q, address(at.cu_k), at.n_k,
+        sequences, q.shape[1], q.shape[2], causal, scale, address(out), threads(), widest,
+    )  # fmt: skip
+    return out
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float) -> Tensor:

@@ -1,5 +1,7 @@
 // Drives every host routine of csrc on buffers of exactly the right size, for the sanitizers (tests/sanitize.py). What the
 // routines compute is compared with plain loops; that they stay in their buffers and do not race is the sanitizers' part.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -7,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
 #include "gather.h"
 #include "pack.h"
 #include "sampler.h"
@@ -147,6 +150,59 @@ void check_union() {
   EXPECT(refused({1, 2, 3, 4}, {0, 9, 4}));
 }
 
+// Sequences of the given lengths, q with one row between tokens, k and v with none.
+void check_attention(const std::vector<int32_t>& of_q, const std::vector<int32_t>& of_k, int64_t d, bool causal,
+                     int threads, int widest) {
+  constexpr int64_t kHeads = 2;
+  const int64_t row = kHeads * d, n_q = of_q.back(), n_k = of_k.back();
+  std::vector<float> q(n_q ? (2 * n_q - 1) * row : 0), k(n_k * row), v(n_k * row), out(n_q * row);
+  for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i * 37 % 64) / 32.0f - 1.0f;
+  for (size_t i = 0; i < k.size(); ++i) k[i] = static_cast<float>(i * 53 % 61) / 32.0f - 1.0f;
+  for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i * 29 % 67) / 32.0f - 1.0f;
+  const int64_t sequences = static_cast<int64_t>(of_q.size()) - 1;
+  mmfast::Attention job{{q.data(), n_q, 2 * row, d}, {k.data(), n_k, row, d}, {v.data(), n_k, row, d},
+                        {of_q.data(), 0},            {of_k.data(), 0},        sequences,
+                        kHeads,                      d,                       causal,
+                        0.25f};
+  mmfast::attention(job, out.data(), threads, widest);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t shift = int64_t{of_k[s + 1]} - of_k[s] - (of_q[s + 1] - of_q[s]);
+    for (int64_t i = of_q[s]; i < of_q[s + 1]; ++i) {
+      const int64_t end = causal ? std::min<int64_t>(of_k[s + 1], of_k[s] + i - of_q[s] + shift + 1) : of_k[s + 1];
+      for (int64_t h = 0; h < kHeads; ++h) {
+        std::vector<double> sum(d, 0.0);
+        double weight = 0.0;
+        for (int64_t j = of_k[s]; j < end; ++j) {
+          double score = 0.0;
+          for (int64_t e = 0; e < d; ++e) score += double{q[i * 2 * row + h * d + e]} * k[j * row + h * d + e];
+          const double power = std::exp(0.25 * score);
+          weight += power;
+          for (int64_t e = 0; e < d; ++e) sum[e] += power * v[j * row + h * d + e];
+        }
+        for (int64_t e = 0; e < d; ++e) {
+          EXPECT(std::abs(out[i * row + h * d + e] - (weight > 0.0 ? sum[e] / weight : 0.0)) < 1e-5);
+        }
+      }
+    }
+  }
+  job.of_k.starts = nullptr;
+  job.of_k.length = n_k + 1;
+  EXPECT(sequences == 0 || refuses([&] { mmfast::attention(job, out.data(), threads, widest); }));
+}
+
+void check_attentions() {
+  for (const int widest : {16, 32, 64}) {
+    for (const int threads : {1, 3}) {
+      for (const bool causal : {false, true}) {
+        check_attention({0, 1, 1, 50, 67}, {0, 1, 1, 50, 67}, 16, causal, threads, widest);
+        check_attention({0, 49, 97}, {0, 3, 520}, 48, causal, threads, widest);
+        check_attention({0, 20, 21}, {0, 0, 17}, 128, causal, threads, widest);
+      }
+    }
+  }
+  check_attention({0}, {0}, 16, false, 2, 64);
+}
+
 void check_threads() {
   for (const int64_t count : {0, 1, 7, 100}) {
     for (const int threads : {0, 1, 3, 200}) {
@@ -166,11 +222,13 @@ int main() {
   check_sampler();
   check_gathers();
   check_union();
+  check_attentions();
   // Callers on several threads at once, each with threads of its own.
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([] {
       check_gather<uint8_t, float>(3, 2, 16, true, true, 2);
+      check_attention({0, 49, 97}, {0, 3, 120}, 64, true, 2, 64);
       EXPECT(sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 2) == sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 1));
     });
   }
