@@ -108,6 +108,7 @@ setup(
             depends=HEADERS,
             include_dirs=[get_include()],
             extra_compile_args=HOST_FLAGS,
+            libraries=["dl"],
             extra_link_args=["-pthread"],
             language="c++",
         )

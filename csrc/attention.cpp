@@ -289,9 +289,13 @@ MMFAST_INLINE void run_chunk(const Attention& job, const Chunk& chunk, const Des
 using Run = void (*)(const Attention&, const Chunk&, const Desk&);
 
 #if defined(__aarch64__)
-void run_16(const Attention& job, const Chunk& chunk, const Desk& at) { run_chunk<Registers32<16>>(job, chunk, at); }
+void run_16(const Attention& job, const Chunk& chunk, const Desk& at) {
+  run_chunk<Registers32<16>>(job, chunk, at);
+}
 #else
-void run_16(const Attention& job, const Chunk& chunk, const Desk& at) { run_chunk<Registers16<16>>(job, chunk, at); }
+void run_16(const Attention& job, const Chunk& chunk, const Desk& at) {
+  run_chunk<Registers16<16>>(job, chunk, at);
+}
 #endif
 
 #if defined(__x86_64__)
@@ -308,10 +312,14 @@ Run run_for(int widest) {
   return run_16;
 }
 #else
-Run run_for(int) { return run_16; }
+Run run_for(int) {
+  return run_16;
+}
 #endif
 
-int64_t start(const Bounds& bounds, int64_t s) { return bounds.starts ? bounds.starts[s] : s * bounds.length; }
+int64_t start(const Bounds& bounds, int64_t s) {
+  return bounds.starts ? bounds.starts[s] : s * bounds.length;
+}
 
 void check(const char* name, const Bounds& bounds, int64_t sequences, int64_t tokens) {
   int64_t before = 0;

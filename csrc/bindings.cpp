@@ -1,4 +1,5 @@
-// The table of what Python may call. Tensors arrive as addresses; the Python side keeps them alive and checks their types.
+// The table of what Python may call. Tensors arrive as addresses; the Python side keeps them alive and checks their
+// types.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,13 +55,23 @@ void gather_tubes(Address video, int video_type, const Five& size, const Five& s
                        {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, threads);
 }
 
-mmfast::Heads heads_at(Address data, const Three& layout) { return {at<float>(data), layout[0], layout[1], layout[2]}; }
+mmfast::Heads heads_at(Address data, const Three& layout) {
+  return {at<float>(data), layout[0], layout[1], layout[2]};
+}
 
-void attention(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v,
-               const Three& v_layout, Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences,
-               int64_t heads, int64_t d, bool causal, float scale, Address out, int threads, int widest) {
-  mmfast::attention({heads_at(q, q_layout), heads_at(k, k_layout), heads_at(v, v_layout), {at<int32_t>(cu_q), n_q},
-                     {at<int32_t>(cu_k), n_k}, sequences, heads, d, causal, scale},
+void attention(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v, const Three& v_layout,
+               Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences, int64_t heads, int64_t d,
+               bool causal, float scale, Address out, int threads, int widest) {
+  mmfast::attention({heads_at(q, q_layout),
+                     heads_at(k, k_layout),
+                     heads_at(v, v_layout),
+                     {at<int32_t>(cu_q), n_q},
+                     {at<int32_t>(cu_k), n_k},
+                     sequences,
+                     heads,
+                     d,
+                     causal,
+                     scale},
                     at<float>(out), threads, widest);
 }
 
@@ -80,10 +91,9 @@ void sample_keep_cuda(Address clip_ids, int64_t batch, int32_t views, int32_t sl
 void gather_tubes_cuda(Address video, int video_type, const Five& size, const Five& stride, Address token, Address clip,
                        int64_t count, int32_t tubelet, int32_t patch, Address rows, int rows_type, Address scale,
                        Address shift, Address stream) {
-  mmfast::gather_tubes_cuda(video_at(video, video_type, size, stride),
-                            {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
-                            {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)},
-                            at<void>(stream));
+  mmfast::gather_tubes_cuda(
+      video_at(video, video_type, size, stride), {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
+      {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, at<void>(stream));
 }
 #endif
 

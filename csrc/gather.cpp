@@ -98,7 +98,7 @@ void gather_tubes(const Video& video, const Tubes& tubes, const Rows& rows, int 
   check_ids("clip_idx", tubes.clip, tubes.count, video.size[0]);
   const int64_t row_size = video.size[1] * tubes.tubelet * tubes.patch * tubes.patch;
   const Job job{video, tubes, rows, grid, row_size};
-  auto* const run = video.type == Pixel::f32   ? (rows.scale ? scale_f32 : copy_f32)
+  auto* const run = video.type == Pixel::f32  ? (rows.scale ? scale_f32 : copy_f32)
                     : rows.type == Pixel::f32 ? (rows.scale ? scale_u8 : widen_u8)
                                               : copy_u8;
   parallel_for(tubes.count, kPixelsAThread / std::max<int64_t>(row_size, 1) + 1, threads,

@@ -1,4 +1,5 @@
-// Pixels of kept tokens, one row a token, in the order (c, dt, dy, dx) in which a patch embedding's weight is flattened.
+// Pixels of kept tokens, one row a token, in the order (c, dt, dy, dx) in which a patch embedding's weight is
+// flattened.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The inner loops of the CPU gather: one token's pixels into one row. All inlined into the functions of gather.cpp, which
-// are compiled once for every instruction set.
+// The inner loops of the CPU gather: one token's pixels into one row. All inlined into the functions of gather.cpp,
+// which are compiled once for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,8 @@ MMFAST_INLINE void store(Bytes bytes, float scale, float shift, Out* out) {
     // Zeros between bytes make little-endian words, in two steps that every instruction set has.
     const Bytes zero{};
     const Bytes low = __builtin_shufflevector(bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const Bytes high = __builtin_shufflevector(bytes, zero, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const Bytes high =
+        __builtin_shufflevector(bytes, zero, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     const Halves none{}, half[2] = {reinterpret_cast<Halves>(low), reinterpret_cast<Halves>(high)};
     for (int k = 0; k < 2; ++k) {
       const Halves words[2] = {__builtin_shufflevector(half[k], none, 0, 8, 1, 9, 2, 10, 3, 11),
@@ -91,8 +92,8 @@ MMFAST_INLINE void split_colours(const uint8_t* in, const float* scale, const fl
   }
 }
 
-// in: the token's first pixel. ahead: that of a later token, whose lines are fetched meanwhile: short lines far apart are
-// what no hardware prefetcher follows. kPatch: the patch width, or 0 to read it at run time.
+// in: the token's first pixel. ahead: that of a later token, whose lines are fetched meanwhile: short lines far apart
+// are what no hardware prefetcher follows. kPatch: the patch width, or 0 to read it at run time.
 template <bool kAffine, Layout kLayout, int kPatch, class Out, class In>
 MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, Out* out) {
   constexpr bool kSixteen = kPatch == 16 && std::is_same_v<In, uint8_t>;

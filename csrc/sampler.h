@@ -6,13 +6,13 @@
 namespace mmfast {
 
 struct MaskDraw {
-  int64_t batch;   // clips
-  int32_t views;   // masks a clip, below 2^16
-  int32_t slots;   // t of the grid, below 2^16 - 1
-  int32_t cells;   // h*w of the grid
-  int32_t keep;    // cells kept in a slot, 0..cells
+  int64_t batch;  // clips
+  int32_t views;  // masks a clip, below 2^16
+  int32_t slots;  // t of the grid, below 2^16 - 1
+  int32_t cells;  // h*w of the grid
+  int32_t keep;   // cells kept in a slot, 0..cells
   uint64_t seed;
-  bool per_slot;   // false: one draw for all slots (tubes). true: each slot on its own
+  bool per_slot;  // false: one draw for all slots (tubes). true: each slot on its own
 };
 
 // clip_ids [batch] -> keep_idx [batch, views, slots*keep], ascending token ids slot*cells + cell.

@@ -22,7 +22,7 @@ def run(sanitizer: str) -> tuple[bool, str]:
         flags = ["-std=c++17", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
         flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
         compiler = os.environ.get("CXX", "g++")
-        built = subprocess.run([compiler, *flags, *sources, "-o", binary], capture_output=True, text=True)
+        built = subprocess.run([compiler, *flags, *sources, "-ldl", "-o", binary], capture_output=True, text=True)
         if built.returncode:
             return False, built.stderr
         ran = subprocess.run([binary], capture_output=True, text=True, timeout=120)

@@ -17,6 +17,8 @@ std::string cuda_compiler() {
   return "nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__);
 }
 
-std::string cuda_archs() { return MMFAST_CUDA_ARCHS; }
+std::string cuda_archs() {
+  return MMFAST_CUDA_ARCHS;
+}
 
 }  // namespace mmfast

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   if (piece * kPiece >= row_size) return;
   const Place place = place_of(piece, kPiece, tubes);
   const int64_t* const stride = video.stride;
-  const int64_t offset =
-      place.c * stride[1] + place.dt * stride[2] + place.dy * stride[3] + place.x * stride[4];
+  const int64_t offset = place.c * stride[1] + place.dt * stride[2] + place.dy * stride[3] + place.x * stride[4];
   const bool affine = rows.scale != nullptr;
   const float scale = affine ? rows.scale[place.c] : 1.0f, shift = affine ? rows.shift[place.c] : 0.0f;
   for (int64_t i = blockIdx.x; i < tubes.count; i += gridDim.x) {
@@ -103,9 +102,8 @@ __device__ void stage(const char* in, char* shared, const Tubes& tubes, int64_t 
 }
 
 template <class Out, class In, int kPiece>
-__global__ void __launch_bounds__(kThreads)
-    staged_kernel(const Video video, const Tubes tubes, const Rows rows, const Grid grid, const int64_t row_size,
-                  const int word) {
+__global__ void __launch_bounds__(kThreads) staged_kernel(const Video video, const Tubes tubes, const Rows rows,
+                                                          const Grid grid, const int64_t row_size, const int word) {
   extern __shared__ __align__(16) char shared[];
   const In* const pixels = reinterpret_cast<const In*>(shared);
   const int32_t channels = static_cast<int32_t>(video.size[1]);
@@ -131,8 +129,7 @@ __global__ void __launch_bounds__(kThreads)
       const int base = ((place.dt * tubes.patch + place.dy) * tubes.patch + place.x) * channels + place.c;
       Piece<Out, kPiece> out;
       for (int x = 0; x < kPiece; ++x) {
-        out.item[x] =
-            first < 0 ? bad_value<Out>() : value<Out>(pixels[base + x * channels], affine, scale, shift);
+        out.item[x] = first < 0 ? bad_value<Out>() : value<Out>(pixels[base + x * channels], affine, scale, shift);
       }
       static_cast<Piece<Out, kPiece>*>(rows.data)[i * (row_size / kPiece) + piece] = out;
     }
@@ -166,8 +163,10 @@ bool launch(const Video& video, const Tubes& tubes, const Rows& rows, cudaStream
     by_line.size[1] = 1;  // its stride of one element needs no alignment: lines are read across channels
     const int64_t width_bytes = line * sizeof(In);
     const auto word = [&](int64_t bytes) { return width_bytes % bytes == 0 && aligned(by_line, sizeof(In), bytes); };
-    staged_kernel<Out, In, kPiece><<<token_blocks, kThreads, stage_bytes, stream>>>(
-        video, tubes, rows, grid, row_size, word(16) ? 16 : word(4) ? 4 : 1);
+    staged_kernel<Out, In, kPiece><<<token_blocks, kThreads, stage_bytes, stream>>>(video, tubes, rows, grid, row_size,
+                                                                                    word(16)  ? 16
+                                                                                    : word(4) ? 4
+                                                                                              : 1);
   } else {
     lines_kernel<Out, In, kPiece, false><<<lines_grid, kThreads, 0, stream>>>(video, tubes, rows, grid, row_size);
   }

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  uint32_t last = 0;      // becomes the largest key kept
+  uint32_t last = 0;       // becomes the largest key kept
   int wanted = draw.keep;  // becomes how many cells with exactly that key stay
   for (int bit = 31; bit >= 0; --bit) {
     int zeros = 0;

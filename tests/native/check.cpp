@@ -1,5 +1,6 @@
-// Drives every host routine of csrc on buffers of exactly the right size, for the sanitizers (tests/sanitize.py). What the
-// routines compute is compared with plain loops; that they stay in their buffers and do not race is the sanitizers' part.
+// Drives every host routine of csrc on buffers of exactly the right size, for the sanitizers (tests/sanitize.py). What
+// the routines compute is compared with plain loops; that they stay in their buffers and do not race is the sanitizers'
+// part.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -96,9 +97,9 @@ void check_gather(int64_t channels, int32_t tubelet, int32_t patch, bool last, b
       for (int64_t dt = 0; dt < tubelet; ++dt) {
         for (int64_t dy = 0; dy < patch; ++dy) {
           for (int64_t dx = 0; dx < patch; ++dx, ++k) {
-            const In pixel = pixels[clip[i] * video.stride[0] + c * video.stride[1] +
-                                    (slot * tubelet + dt) * video.stride[2] + (y * patch + dy) * video.stride[3] +
-                                    (x * patch + dx) * video.stride[4]];
+            const In pixel =
+                pixels[clip[i] * video.stride[0] + c * video.stride[1] + (slot * tubelet + dt) * video.stride[2] +
+                       (y * patch + dy) * video.stride[3] + (x * patch + dx) * video.stride[4]];
             EXPECT(rows[k] == static_cast<Out>(affine ? pixel * 0.5f - 1.0f : static_cast<float>(pixel)));
           }
         }
@@ -160,9 +161,15 @@ void check_attention(const std::vector<int32_t>& of_q, const std::vector<int32_t
   for (size_t i = 0; i < k.size(); ++i) k[i] = static_cast<float>(i * 53 % 61) / 32.0f - 1.0f;
   for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i * 29 % 67) / 32.0f - 1.0f;
   const int64_t sequences = static_cast<int64_t>(of_q.size()) - 1;
-  mmfast::Attention job{{q.data(), n_q, 2 * row, d}, {k.data(), n_k, row, d}, {v.data(), n_k, row, d},
-                        {of_q.data(), 0},            {of_k.data(), 0},        sequences,
-                        kHeads,                      d,                       causal,
+  mmfast::Attention job{{q.data(), n_q, 2 * row, d},
+                        {k.data(), n_k, row, d},
+                        {v.data(), n_k, row, d},
+                        {of_q.data(), 0},
+                        {of_k.data(), 0},
+                        sequences,
+                        kHeads,
+                        d,
+                        causal,
                         0.25f};
   mmfast::attention(job, out.data(), threads, widest);
   for (int64_t s = 0; s < sequences; ++s) {
