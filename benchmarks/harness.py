@@ -101,6 +101,7 @@ def measure(
     """
     samples: dict[str, list[float]] = {}
     repeats: dict[str, int] = {}
+    seconds = 0.0  # of one round
     for name, call in progress(variants.items(), f"{what}, round 1", len(variants)):
         for _ in range(warmup):
             call()
@@ -108,9 +109,9 @@ def measure(
         repeats[name] = max(1, round(20.0 / max(took, 1e-3))) if device.type == "cuda" else 1
         # On a GPU a lone call also times its launch, so there the first round only tells how many calls make a sample.
         samples[name] = [took] if device.type != "cuda" else []
-    first = sum(sum(taken) for taken in samples.values()) / 1e3 or 0.02 * len(variants)
+        seconds += took * repeats[name] / 1e3
     if rounds is None:
-        rounds = max(2, min(25, int(budget / first)))
+        rounds = max(2, min(25, int(budget / seconds)))
     names = list(variants)
     for turn in progress(range(rounds - len(samples[names[0]])), what):
         shift = (turn + 1) % len(names)

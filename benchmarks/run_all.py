@@ -8,6 +8,7 @@ Results go to FOLDER/<section>.json as they come, and to FOLDER/summary.json. Ex
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -69,24 +70,21 @@ def child(command: list[str], seconds: float, **options: Any) -> int:
         raise
 
 
+def environment() -> dict[str, str]:
+    """This one, with mmfast importable also where it is not installed."""
+    paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 def gate(folder: Path, seconds: float) -> dict[str, Any]:
     """pytest -m gpu, its output in gate.txt."""
     began = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "--maxfail=20",
-        "-p",
-        "no:cacheprovider",
-        "tests",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling kernels
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     with open(folder / "gate.txt", "w") as output:
         try:
-            code = child(command, seconds, cwd=HERE.parent, stdout=output, stderr=output)
+            code = child(command, seconds, cwd=HERE.parent, stdout=output, stderr=output, env=environment())
         except subprocess.TimeoutExpired:
             return {"state": "red", "why": f"not done within {seconds:.0f} s", "seconds": seconds}
     lines = (folder / "gate.txt").read_text().strip().splitlines()
@@ -99,12 +97,10 @@ def start(name: str, options: argparse.Namespace, seconds: float) -> dict[str, A
     began = time.monotonic()
     command = [sys.executable, str(HERE / "run_all.py"), "--section", name, "--out", str(options.out)]
     command += ["--device", options.device, "--minutes", f"{(seconds - START_SECONDS) / 60:.3f}"]
-    paths = [str(HERE.parent), str(HERE.parent / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     log = options.out / f"{name}.err.txt"
     with open(log, "w") as errors:
         try:
-            code = child(command, seconds, stderr=errors, env=environment)
+            code = child(command, seconds, stderr=errors, env=environment())
         except subprocess.TimeoutExpired:
             return {"state": "stopped", "why": f"not done within {seconds:.0f} s", "seconds": seconds}
     took = time.monotonic() - began

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast_kernels.backends import forced
+from mmfast_kernels.dispatch import tf32_allowed
+
 from .masks import Pack
 
 GRAPH_TOKENS = 16_384  # more tokens than this keep the GPU busy for longer than their launches take
@@ -70,7 +73,9 @@ def _key(model: Any, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple
     weights = hash(tuple(p.data_ptr() for p in model.parameters()))
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     layout = (pixels.shape, pixels.stride(), pixels.dtype, pixels.device, row_of is None)
-    return (layout, pack.num_sequences, pack.length, weights, autocast)
+    # Outside inference mode nothing may be copied into a tensor made inside.
+    modes = (autocast, forced(), tf32_allowed(), torch.is_inference_mode_enabled())
+    return (layout, pack.num_sequences, pack.length, weights, modes)
 
 
 def _inputs(pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple[Tensor, ...]:
@@ -86,18 +91,16 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 
 def _capture(forward: Forward, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> _Captured:
-    inputs = tuple(
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-        for t in _inputs(pixels, row_of, pack)
-    )
+    inputs = tuple(t.clone() for t in _inputs(pixels, row_of, pack))
     static_pack = Pack(inputs[1], pack.cu_seqlens.clone(), pack.clip_of.clone(), pack.length, pack.max_length)
     static_rows = inputs[2] if len(inputs) == 3 else None
-    stream = torch.cuda.Stream(pixels.device)
-    stream.wait_stream(torch.cuda.current_stream(pixels.device))
-    with torch.cuda.stream(stream):
-        forward(inputs[0], static_rows, static_pack)
-    torch.cuda.current_stream(pixels.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = forward(inputs[0], static_rows, static_pack)
+    with torch.cuda.device(pixels.device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            forward(inputs[0], static_rows, static_pack)
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = forward(inputs[0], static_rows, static_pack)
     return _Captured(graph, inputs, static_pack, output)

@@ -23,7 +23,7 @@ def tokens(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None 
     stride = (config.tubelet_size, p, p)
     x = F.conv3d(video, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride)
     x = x.flatten(2).transpose(1, 2)
-    x = x + positions(x.shape[1], config.embed_dim).to(x.dtype)
+    x = x + positions(x.shape[1], config.embed_dim).to(x)
     if mask is not None:
         kept = (~mask).nonzero()[:, 1].view(len(video), -1)
         x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))

@@ -150,22 +150,26 @@ def test_every_backend_on_the_gpu(n: int, d: int, causal: bool, dtype: torch.dty
     case = backends.Case(q.device, dtype, d, n, n, causal=causal)
     for name in backends.NAMES:
         if backends.refusal(name, case) is None:
-            assert_like_truth(lambda *a, _n=name, **o: packed_attention(*a, **o, backend=_n), q, k, v, length=n)
+            call = lambda *a, _n=name, **o: packed_attention(*a, **o, backend=_n)
+            assert_like_truth(call, q, k, v, length=n, causal=causal)
             options: dict[str, Any] = dict(
                 cu_seqlens=starts([n, n - 5, n + 5], "cuda"), max_length=n + 5, causal=causal
             )
             if backends.refusal(name, case._replace(dense=False)) is None:
-                assert_like_truth(lambda *a, _n=name, **o: packed_attention(*a, **o, backend=_n), q, k, v, **options)
+                assert_like_truth(call, q, k, v, **options)
 
 
 @pytest.mark.gpu
-def test_exact_fp32_unless_tf32_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_fp32_unless_tf32_is_allowed() -> None:
     q, k, v = packed_qkv(300, 2, 64, torch.float32, "cuda")
     truth = packed_attention_ref(q.double(), k.double(), v.double(), length=150)
     errors = []
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        errors.append((packed_attention(q, k, v, length=150, backend="triton") - truth).abs().max())
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            errors.append((packed_attention(q, k, v, length=150, backend="triton") - truth).abs().max())
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     assert errors[0] < 1e-5 < errors[1] < 1e-2
 
 

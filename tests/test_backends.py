@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmfast_kernels import backends, tables
-from mmfast_kernels.attention import packed_attention
+from mmfast_kernels.attention import packed_attention, packed_attention_ref
 from mmfast_kernels.backends import Case
 
 CUDA = torch.device("cuda", 0)
@@ -202,3 +202,26 @@ def test_autotune_does_not_time_in_a_graph_capture(table: str, monkeypatch: pyte
 def test_attention_has_a_configuration_everywhere(arch: int, d: int, dtype: str) -> None:
     for n in (0, 77, 512, 513, 100_000):
         assert tables.lookup("packed_attention", arch=arch, d=d, n=n, dtype=dtype).config["num_warps"] in (4, 8)
+
+
+def _newer(q, k, v, cu_q, cu_k, n_q, n_k, *, scale=None, window_size=(-1, -1)):
+    lengths = dict(cu_seqlens=cu_q, max_length=n_q, cu_seqlens_k=cu_k, max_length_k=n_k)
+    return packed_attention_ref(q, k, v, causal=window_size == (-1, 0), scale=scale, **lengths)
+
+
+def _older(q, k, v, cu_q, cu_k, n_q, n_k, is_causal=False):
+    return _newer(q, k, v, cu_q, cu_k, n_q, n_k, window_size=(-1, 0) if is_causal else (-1, -1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("installed", [_newer, _older])
+def test_torchs_varlen_attention_is_called_in_either_form(installed, causal, monkeypatch) -> None:
+    """torch 2.10 took is_causal and no scale; later ones take window_size and scale."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", installed)
+    q, k, v = torch.randn(3, 7, 2, 16).unbind(0)
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    got = backends._varlen_attn(q, k, v, backends.Lengths(cu, cu, 4, 4), causal, 0.7)
+    expected = packed_attention_ref(q, k, v, cu_seqlens=cu, max_length=4, causal=causal, scale=0.7)
+    torch.testing.assert_close(got, expected)

@@ -89,7 +89,8 @@ def test_gpu_ensemble_equals_the_published_model(place: str, kind: str, dtype: t
     with torch.no_grad():
         truth = probs({k: v.double() for k, v in state.items()}, normalised.double(), masks)
         on_gpu = {k: v.to("cuda", dtype) for k, v in state.items()}
-        plain = probs(on_gpu, normalised.to("cuda", dtype), masks.cuda()).cpu()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            plain = probs(on_gpu, normalised.to("cuda", dtype), masks.cuda()).cpu()
     video = {"float": normalised, "uint8": raw, "decoder-layout": raw.permute(0, 2, 3, 4, 1).contiguous()}[kind]
     video = video.permute(0, 4, 1, 2, 3) if kind == "decoder-layout" else video
     model = model.to("cuda", dtype)
@@ -110,6 +111,26 @@ def test_graph_follows_new_inputs_and_weights_changed_in_place() -> None:
             expected = model(video, tube_masks(3, 2, model.config.grid, 0.5, seed=seed).cuda()).softmax(-1).mean(1)
             assert relative_error(got, expected) <= 1e-5
             model.head.weight.mul_(1.1)
+
+
+@pytest.mark.gpu
+def test_graph_made_in_inference_mode_is_not_replayed_outside() -> None:
+    model = make(embed_dim=128, num_heads=2).cuda()
+    video = clips(model, 3).cuda()
+    with torch.inference_mode():
+        inside = [model.ensemble(video) for _ in range(3)]
+    outside = [model.ensemble(video) for _ in range(3)]
+    for got in inside + outside:
+        torch.testing.assert_close(got, inside[0])
+
+
+@pytest.mark.gpu
+def test_graph_on_clips_that_share_memory() -> None:
+    model = make(embed_dim=128, num_heads=2).cuda()
+    video = clips(model, 1).cuda().expand(3, -1, -1, -1, -1)
+    expected = model.ensemble(video.contiguous())
+    for _ in range(3):
+        torch.testing.assert_close(model.ensemble(video), expected)
 
 
 @pytest.mark.gpu

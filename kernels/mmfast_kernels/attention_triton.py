@@ -8,7 +8,6 @@ left over (the tail of a sequence, the diagonal of a causal tile) comes first, i
 exp2 with scale * log2(e) folded into one multiply-add. A head width that is no power of two is split: 80 = 64 + 16.
 """
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast_kernels import tables
+from mmfast_kernels.dispatch import tf32_allowed
 
 LOG2_E = math.log2(math.e)
 LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -232,7 +232,7 @@ def attention(
         return out, lse
     sequences = n_tokens // longest_q if cu_q is None else cu_q.numel() - 1
     main, rest = split_width(d)
-    exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = q.dtype == torch.float32 and not tf32_allowed()
 
     def launch(config: Mapping[str, Any]) -> None:
         tiles = triton.cdiv(longest_q, config["BLOCK_M"])
@@ -247,7 +247,7 @@ def attention(
             num_warps=config["num_warps"], num_stages=config["num_stages"],
         )  # fmt: skip
 
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(q):
         launch(tables.config("packed_attention", launch, **table_case(q.device, q.dtype, d, longest_k)))
     return out, lse
 

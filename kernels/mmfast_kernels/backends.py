@@ -6,6 +6,7 @@ backend that does not refuse the case is taken. MMFAST_ATTENTION=<name> takes on
 
 import functools
 import importlib.util
+import inspect
 import os
 from typing import Any, NamedTuple
 
@@ -108,6 +109,8 @@ def _refusal_of_cudnn(case: Case) -> str | None:
         return "cuDNN takes sequences of one length only"
     if not torch.backends.cudnn.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN attention is not available in this torch, or switched off"
+    if case.n_k < 2:
+        return f"cuDNN takes two keys and more, got {case.n_k}"
     if case.d % 8 or case.d > 128:
         return f"cuDNN takes d up to 128 in steps of 8, got {case.d}"
     if case.causal and case.n_q != case.n_k:
@@ -201,12 +204,7 @@ def run(backend: str, q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool
                 return _dense(q, k, v, at.n_q, at.n_k, causal, scale)
         return _dense(q, k, v, at.n_q, at.n_k, causal, scale)
     if q.is_cuda and q.dtype in HALF and q.shape[2] % 8 == 0 and q.shape[2] <= 256 and tables.arch_of(q.device) >= 80:
-        from torch.nn.attention.varlen import varlen_attn
-
-        window = (-1, 0) if causal else (-1, -1)
-        out = varlen_attn(q, k, v, at.cu_q, at.cu_k, at.n_q, at.n_k, scale=scale, window_size=window)
-        assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
-        return out
+        return _varlen_attn(q, k, v, at, causal, scale)
     if q.is_cuda or torch.compiler.is_compiling():
         return _padded(q, k, v, at, causal, scale)
     return _runs(q, k, v, at, causal, scale)
@@ -221,6 +219,24 @@ def _cpp(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: floa
         address(q), q_at, address(k), k_at, address(v), v_at, address(at.cu_q), at.n_q, address(at.cu_k), at.n_k,
         sequences, q.shape[1], q.shape[2], causal, scale, address(out), threads(), widest,
     )  # fmt: skip
+    return out
+
+
+def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert at.cu_q is not None
+    assert at.cu_k is not None
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"is_causal": causal}
+    if "window_size" in known:  # its successor
+        options = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "scale" in known:
+        options["scale"] = scale
+    elif scale != q.shape[2] ** -0.5:
+        q = q * (scale * q.shape[2] ** 0.5)
+    out = varlen_attn(q, k, v, at.cu_q, at.cu_k, at.n_q, at.n_k, **options)
+    assert isinstance(out, Tensor)  # a pair only where the log-sum-exp is asked for
     return out
 
 

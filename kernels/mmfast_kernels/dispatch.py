@@ -37,6 +37,12 @@ def use_kernel(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
 
 
+def tf32_allowed() -> bool:
+    """Whether torch may round fp32 products to TF32, which our products then do too."""
+    # Not matmul.allow_tf32, which raises where fp32_precision, its successor, was set.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define mmfast::<schema>, and return the op.
 

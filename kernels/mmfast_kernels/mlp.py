@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast_kernels import tables
-from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
+from mmfast_kernels.dispatch import HAVE_TRITON, register, tf32_allowed, use_kernel
 from mmfast_kernels.linear import linear, linear_erf_gelu
 
 if HAVE_TRITON:
@@ -36,15 +36,14 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def tf32_allowed() -> bool:
-    """Whether torch may round fp32 products to TF32, which our products then do too."""
-    return torch.backends.cuda.matmul.allow_tf32
-
-
 def _describable(*tensors: Tensor) -> bool:
-    """True for matrices that the copy engine can address: base and row pitch in steps of 16 bytes."""
+    """True for matrices that the copy engine can address: base and row pitch in steps of 16 bytes, rows apart."""
     return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in tensors
+        t.data_ptr() % 16 == 0
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) >= t.shape[1]
+        and t.stride(1) == 1
+        for t in tensors
     )
 
 
@@ -84,16 +83,17 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> Tensor:
         tiles = math.ceil(y.shape[0] / 128) * math.ceil(y.shape[1] / 128)
         dtype = tables.dtype_name(x.dtype)
         run = functools.partial(launch, x, weight, bias, y, mode)
-        run(
-            tables.config(
-                "linear_gelu",
-                run,
-                arch=tables.arch_of(x.device),
-                dtype="tf32" if dtype == "fp32" and tf32_allowed() else dtype,
-                descriptor=_describable(x, weight, y),
-                small=tiles <= _sm_count(x.device),
+        with torch.cuda.device_of(x):
+            run(
+                tables.config(
+                    "linear_gelu",
+                    run,
+                    arch=tables.arch_of(x.device),
+                    dtype="tf32" if dtype == "fp32" and tf32_allowed() else dtype,
+                    descriptor=_describable(x, weight, y),
+                    small=tiles <= _sm_count(x.device),
+                )
             )
-        )
     return y
 
 
@@ -108,7 +108,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "erf
     """gelu(x W^T + b) with the GELU form that mode names: "erf" (exact), "tanh" (erf's fast stand-in) or "quick".
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. One dtype, or any under autocast. Returns [..., N] in that dtype.
-    Products of fp32 are exact unless torch.backends.cuda.matmul.allow_tf32. Raises ValueError, TypeError.
+    Products of fp32 are exact unless torch.backends.cuda.matmul allows TF32. Raises ValueError, TypeError.
     """
     if mode not in MODES:
         raise ValueError(f"linear_gelu: mode takes one of {MODES}, got {mode!r}")

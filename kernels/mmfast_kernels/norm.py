@@ -63,7 +63,8 @@ def _fwd(
         )  # fmt: skip
 
     if n_rows:
-        run(tables.config("norm", run, d=d))
+        with torch.cuda.device_of(x):
+            run(tables.config("norm", run, d=d))
     return outputs
 
 

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast_kernels import tables
-from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
+from mmfast_kernels.dispatch import HAVE_TRITON, register, tf32_allowed, use_kernel
 from mmfast_kernels.linear import linear
-from mmfast_kernels.mlp import tf32_allowed
 
 if HAVE_TRITON:
     from mmfast_kernels import patches_triton
@@ -71,7 +70,8 @@ def _fwd(
 
     if y.numel():
         dtype = "tf32" if tf32 else tables.dtype_name(weight.dtype)
-        run(tables.config("tube_embed", run, arch=tables.arch_of(video.device), dtype=dtype))
+        with torch.cuda.device_of(video):
+            run(tables.config("tube_embed", run, arch=tables.arch_of(video.device), dtype=dtype))
     return y
 
 

@@ -63,13 +63,14 @@ def _pool(
     config = tables.lookup("pool", d=d).config
     programs = sequences * config["splits"]
     sums = torch.empty((programs, d), dtype=torch.float32, device=tokens.device)
-    pool_triton.segment_sums_kernel[(programs,)](
-        tokens, cu_seqlens, sums, tokens.stride(0), length, token_eps,
-        NORM=token_weight is not None, **geometry(d, config),
-    )  # fmt: skip
-    pool_triton.segment_mean_kernel[(sequences,)](
-        sums, cu_seqlens, token_weight, token_bias, weight, bias, y, length, eps, **mean_geometry(d, config)
-    )
+    with torch.cuda.device_of(tokens):
+        pool_triton.segment_sums_kernel[(programs,)](
+            tokens, cu_seqlens, sums, tokens.stride(0), length, token_eps,
+            NORM=token_weight is not None, **geometry(d, config),
+        )  # fmt: skip
+        pool_triton.segment_mean_kernel[(sequences,)](
+            sums, cu_seqlens, token_weight, token_bias, weight, bias, y, length, eps, **mean_geometry(d, config)
+        )
     return y
 
 
@@ -84,9 +85,10 @@ def _ensemble(logits: Tensor) -> Tensor:
     probs = _ensemble_fake(logits)
     block = min(1024, 1 << (classes - 1).bit_length())
     if clips:
-        pool_triton.ensemble_kernel[(clips * -(-classes // block),)](
-            logits, probs, logits.stride(0), logits.stride(1), views, classes, BLOCK=block, num_warps=4
-        )
+        with torch.cuda.device_of(logits):
+            pool_triton.ensemble_kernel[(clips * -(-classes // block),)](
+                logits, probs, logits.stride(0), logits.stride(1), views, classes, BLOCK=block, num_warps=4
+            )
     return probs
 
 
