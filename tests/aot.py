@@ -126,8 +126,8 @@ def read_cubin(cubin: bytes, name: str, arch: int, num_warps: int, smem: int) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert found, f"{name}: cuobjdump reported no registers"
     instructions: Counter[str] = Counter()
@@ -152,7 +152,7 @@ def _bits(modifiers: list[str]) -> int:
 
 
 @cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """Triton's own copy of a CUDA binary tool, else the one on PATH."""
     import triton
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 import sanitize
 
@@ -97,6 +98,18 @@ def test_no_kernel_spills(source: str, arch: str, tmp_path: Path) -> None:
     assert len(frames) == made.stderr.count("Compiling entry function")
     assert {frame for frame in frames if frame != ("0", "0", "0")} == set()
     assert "warning" not in made.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize("kernel", ["lines_kernelIhhLi16ELb1E", "lines_kernelIffLi4ELb1E", "staged_kernelIhhLi16E"])
+def test_the_gather_loads_16_bytes_at_a_time(kernel: str, tmp_path: Path) -> None:
+    flags = ["-O3", "-std=c++17", "-arch=sm_90", "-DMMFAST_WITH_CUDA", "-cubin"]
+    cubin = str(tmp_path / "gather.cubin")
+    subprocess.run(["nvcc", *flags, str(CSRC / "cuda" / "gather.cu"), "-o", cubin], check=True)
+    sass = subprocess.run([aot.tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    (code,) = (part for part in sass.split("Function : ")[1:] if kernel in part.splitlines()[0])
+    assert "LDG.E.128" in code
+    assert "STG.E.128" in code
 
 
 @needs_pybind11
