@@ -123,7 +123,6 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@torch.compiler.assume_constant_result
 def forced() -> str | None:
     """The backend that MMFAST_ATTENTION names."""
     return os.environ.get("MMFAST_ATTENTION") or None
