@@ -127,3 +127,27 @@ def test_every_source_file_of_csrc_is_built_or_shipped() -> None:
     listed = set(ast.literal_eval(ran.stdout))
     assert listed == {str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*") if path.suffix in (".cpp", ".h")}
     assert "graft csrc" in (ROOT / "MANIFEST.in").read_text()
+
+
+@needs_pybind11
+@pytest.mark.skipif(importlib.util.find_spec("build") is None, reason="needs the package build")
+def test_sdist_becomes_a_package_that_imports_without_torch(tmp_path: Path) -> None:
+    """Host code only, as on a machine without nvcc; everything that the package needs has travelled in the sdist."""
+    settings = os.environ | {"MMFAST_CUDA": "0"}
+    make = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(make, check=True, capture_output=True, env=settings)
+    (sdist,) = tmp_path.glob("mmfast-*.tar.gz")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(site), str(sdist)], check=True, capture_output=True, env=settings)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from mmfast_kernels import _C; import mmfast; "
+        "assert 'torch' not in sys.modules and not _C.with_cuda; print(_C.__file__, mmfast.__file__)"
+    )
+    ran = subprocess.run([sys.executable, "-I", "-c", code, str(site)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert all(path.startswith(str(site)) for path in ran.stdout.split())
+    for folder in ("kernels/mmfast_kernels/tables", "mmfast"):
+        for source in (ROOT / folder).rglob("*.[jp][sy]*"):
+            inside = source.relative_to(ROOT / "kernels" if "kernels" in folder else ROOT)
+            assert (site / inside).exists() or "__pycache__" in str(inside), inside
