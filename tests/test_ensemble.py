@@ -5,8 +5,9 @@ import torch
 from numerics import relative_error
 from plain import logits as plain_logits
 from test_vit import clips, make
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mmfast import tube_masks
+from mmfast import sample_pack, tube_masks
 from mmfast.ensemble import run_in_micro_batches, wave_aware_size
 from mmfast.graphs import _graphs
 
@@ -68,6 +69,18 @@ def test_bad_arguments_are_named(arguments, error, message) -> None:
     model = make()
     with pytest.raises(error, match=message):
         model.ensemble(clips(model), **arguments)
+
+
+def test_nothing_is_read_back_between_mask_parameters_and_probabilities() -> None:
+    """Fake tensors hold no data: whatever asked for a value, and so would wait for a GPU, raises."""
+    model = make()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pack = sample_pack(3, 2, model.config.grid, 0.75)
+        assert pack.clip_idx.shape == pack.keep_idx.shape == (3 * 2 * 16,)
+        video = torch.zeros(3, 3, 8, 64, 64, dtype=torch.uint8)
+        assert model.ensemble(video, 2, 0.75).shape == (3, 7)
+        with pytest.raises(DataDependentOutputException):  # the counts of a given mask have to be read
+            model(video, torch.zeros(3, 64, dtype=torch.bool))
 
 
 @pytest.mark.gpu
