@@ -94,7 +94,8 @@ def fastest_product(device: torch.device, dtype: torch.dtype) -> Product:
     taken: dict[Product, float] = {}
     for product in (by_mm, by_onednn):
         product(x, weight, out)
-        taken[product] = min(time_once(lambda product=product: product(x, weight, out), device, 3) for _ in range(7))  # type: ignore[misc]
+        once = functools.partial(product, x, weight, out)
+        taken[product] = min(time_once(once, device, 3) for _ in range(7))
     return min(taken, key=taken.__getitem__)
 
 

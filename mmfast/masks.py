@@ -84,7 +84,7 @@ def kept_per_slot(grid: Grid, mask_ratio: float, keep: int | None = None) -> int
 
 def tube_masks(
     batch: int,
-    views: int = 1,
+    views: int = 2,
     grid: Grid = (8, 14, 14),
     mask_ratio: float = 0.75,
     *,
@@ -106,7 +106,7 @@ def tube_masks(
 
 def random_masks(
     batch: int,
-    views: int = 1,
+    views: int = 2,
     grid: Grid = (8, 14, 14),
     mask_ratio: float = 0.75,
     *,

@@ -251,6 +251,16 @@ class MaskedViT(nn.Module):
             )
         return frames // c.tubelet_size, height // c.patch_size, width // c.patch_size
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, on px/255: what a uint8 video is normalised with."""
+        return self.config.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, on px/255: what a uint8 video is normalised with."""
+        return self.config.std
+
     # timm's names
 
     @property

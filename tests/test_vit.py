@@ -73,7 +73,7 @@ def test_features_equal_the_published_tokens() -> None:
 def test_uint8_is_normalised_inside() -> None:
     model = make()
     raw = torch.randint(0, 256, clips(model).shape, dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (model.config.mean, model.config.std))
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (model.mean, model.std))
     with torch.no_grad():
         assert relative_error(model(raw), model((raw / 255 - mean) / std)) <= TOLERANCE
 
