@@ -55,24 +55,44 @@ void gather_tubes(Address video, int video_type, const Five& size, const Five& s
                        {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, threads);
 }
 
-mmfast::Heads heads_at(Address data, const Three& layout) {
-  return {at<float>(data), layout[0], layout[1], layout[2]};
+template <class Float>
+mmfast::HeadsOf<Float> heads_at(Address data, const Three& layout) {
+  return {at<Float>(data), layout[0], layout[1], layout[2]};
+}
+
+mmfast::Attention attention_of(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v,
+                               const Three& v_layout, Address cu_q, int64_t n_q, Address cu_k, int64_t n_k,
+                               int64_t sequences, int64_t heads, int64_t d, bool causal, float scale) {
+  return {heads_at<const float>(q, q_layout),
+          heads_at<const float>(k, k_layout),
+          heads_at<const float>(v, v_layout),
+          {at<int32_t>(cu_q), n_q},
+          {at<int32_t>(cu_k), n_k},
+          sequences,
+          heads,
+          d,
+          causal,
+          scale};
 }
 
 void attention(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v, const Three& v_layout,
                Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences, int64_t heads, int64_t d,
-               bool causal, float scale, Address out, int threads, int widest) {
-  mmfast::attention({heads_at(q, q_layout),
-                     heads_at(k, k_layout),
-                     heads_at(v, v_layout),
-                     {at<int32_t>(cu_q), n_q},
-                     {at<int32_t>(cu_k), n_k},
-                     sequences,
-                     heads,
-                     d,
-                     causal,
-                     scale},
-                    at<float>(out), threads, widest);
+               bool causal, float scale, Address out, Address lse, int threads, int widest) {
+  mmfast::attention(attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads, d,
+                                 causal, scale),
+                    at<float>(out), at<float>(lse), threads, widest);
+}
+
+void attention_backward(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v,
+                        const Three& v_layout, Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences,
+                        int64_t heads, int64_t d, bool causal, float scale, Address dout, Address out, Address lse,
+                        Address dq, const Three& dq_layout, Address dk, const Three& dk_layout, Address dv,
+                        const Three& dv_layout, int threads, int widest) {
+  mmfast::attention_backward(attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads,
+                                          d, causal, scale),
+                             {at<float>(dout), at<float>(out), at<float>(lse), heads_at<float>(dq, dq_layout),
+                              heads_at<float>(dk, dk_layout), heads_at<float>(dv, dv_layout)},
+                             threads, widest);
 }
 
 int64_t union_rows(Address keep_idx, int64_t tokens, Address cu_seqlens, int64_t sequences, int64_t views,
@@ -115,6 +135,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample_keep", &sample_keep, no_gil);
   m.def("gather_tubes", &gather_tubes, no_gil);
   m.def("attention", &attention, no_gil);
+  m.def("attention_backward", &attention_backward, no_gil);
   m.def("union_rows", &union_rows, no_gil);
   m.def("build_info", &build_info, no_gil);
 #ifdef MMFAST_WITH_CUDA

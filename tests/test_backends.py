@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mmfast_kernels import backends, tables
-from mmfast_kernels.attention import packed_attention, packed_attention_ref
+from mmfast_kernels.attention import packed_attention, packed_attention_ref, packed_self_attention
 from mmfast_kernels.backends import Case
+from mmfast_kernels.dispatch import INTERPRET
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -45,7 +46,12 @@ def case(**changes: Any) -> Case:
         ({"n_q": 1568, "n_k": 1568, "dense": False}, "triton"),
         ({"n_q": 1568, "n_k": 1568, "with_lse": True}, "triton"),
         ({"d": 88, "dense": False}, "torch"),
-        ({"needs_grad": True}, "torch"),
+        ({"needs_grad": True}, "triton"),
+        ({"needs_grad": True, "n_q": 784, "n_k": 784}, "triton"),
+        ({"needs_grad": True, "n_q": 1568, "n_k": 1568}, "cudnn"),
+        ({"needs_grad": True, "n_q": 1568, "n_k": 1568, "dense": False}, "triton"),
+        ({"needs_grad": True, "d": 72}, "cudnn"),
+        ({"needs_grad": True, "d": 72, "dense": False}, "torch"),
         ({"dtype": torch.float32}, "torch"),
         ({"dtype": torch.float32, "dense": False}, "triton"),
         ({"dtype": torch.float64}, "torch"),
@@ -60,7 +66,6 @@ def test_choice_on_hopper(changes: dict[str, Any], backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "changes", "reason"),
     [
-        ("triton", {"needs_grad": True}, "forward only"),
         ("triton", {"d": 72}, "d in"),
         ("triton", {"dtype": torch.float64}, "float64"),
         ("triton", {"row_stride": 2**23}, "apart"),
@@ -71,6 +76,7 @@ def test_choice_on_hopper(changes: dict[str, Any], backend: str) -> None:
         ("cudnn", {"with_lse": True}, "log-sum-exp"),
         ("cudnn", {"device": CPU}, "CUDA"),
         ("flash_attn", {}, "not installed"),
+        ("cpp", {"device": CPU, "dtype": torch.float32, "needs_grad": True, "with_lse": True}, "log-sum-exp"),
     ],
     ids=str,
 )
@@ -87,11 +93,21 @@ def test_old_devices_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) 
     assert "sm_75" in str(backends.refusal(backend, case()))
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("wanted", [None, "cudnn"])
+def test_choice_for_a_gradient(wanted: str | None) -> None:
+    assert backends.choose_for_gradient(case(needs_grad=True), wanted) == (wanted or "triton")
+    with pytest.raises(ValueError, match="cudnn refused"):
+        backends.choose_for_gradient(case(needs_grad=True, dense=False), "cudnn")
+
+
 def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(6, 1, 64)
     monkeypatch.setenv("MMFAST_ATTENTION", "cudnn")
     with pytest.raises(ValueError, match="cudnn refused: cuDNN needs a CUDA device"):
         packed_attention(q, q, q, length=3)
+    with pytest.raises(ValueError, match="cudnn refused"):
+        packed_self_attention(torch.randn(6, 3, 1, 64, requires_grad=True), length=3)
     with pytest.raises(ValueError, match="cudnn refused"):
         packed_attention(q, q, q, cu_seqlens=torch.tensor([0, 6], dtype=torch.int32), max_length=6)
     monkeypatch.setenv("MMFAST_ATTENTION", "torch")
@@ -107,7 +123,7 @@ def test_environment_wins_over_the_table(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_description_of_the_cpu() -> None:
     described = backends.describe("cpu")
     training = described["392 tokens, d 64, bf16, training"]
-    assert training["backend"] == "torch"
+    assert training["backend"] == ("triton" if INTERPRET else "torch")
     assert "CUDA" in training["refused"]["cudnn"]
 
 
@@ -202,6 +218,9 @@ def test_autotune_does_not_time_in_a_graph_capture(table: str, monkeypatch: pyte
 def test_attention_has_a_configuration_everywhere(arch: int, d: int, dtype: str) -> None:
     for n in (0, 77, 512, 513, 100_000):
         assert tables.lookup("packed_attention", arch=arch, d=d, n=n, dtype=dtype).config["num_warps"] in (4, 8)
+        for kernel in ("dq", "dkdv"):
+            row = tables.lookup("packed_attention_backward", kernel=kernel, arch=arch, d=d, n=n, dtype=dtype)
+            assert row.config["num_warps"] in (4, 8)
 
 
 def _newer(q, k, v, cu_q, cu_k, n_q, n_k, *, scale=None, window_size=(-1, -1)):

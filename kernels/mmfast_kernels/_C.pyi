@@ -1,7 +1,7 @@
 """The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
 
 Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
-mmfast_kernels.sampling, .gather and .attention. All release the GIL and may run at the same time.
+mmfast_kernels.sampling, .gather and .attention_cpp. All release the GIL and may run at the same time.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,12 @@ def gather_tubes_cuda(
 def attention(
     q: int, q_layout: Sequence[int], k: int, k_layout: Sequence[int], v: int, v_layout: Sequence[int], cu_q: int,
     n_q: int, cu_k: int, n_k: int, sequences: int, heads: int, d: int, causal: bool, scale: float, out: int,
+    lse: int, threads: int, widest: int, /,
+) -> None: ...  # fmt: skip
+def attention_backward(
+    q: int, q_layout: Sequence[int], k: int, k_layout: Sequence[int], v: int, v_layout: Sequence[int], cu_q: int,
+    n_q: int, cu_k: int, n_k: int, sequences: int, heads: int, d: int, causal: bool, scale: float, dout: int, out: int,
+    lse: int, dq: int, dq_layout: Sequence[int], dk: int, dk_layout: Sequence[int], dv: int, dv_layout: Sequence[int],
     threads: int, widest: int, /,
 ) -> None: ...  # fmt: skip
 def union_rows(

@@ -4,18 +4,23 @@
 
 j runs over the keys of i's own sequence; causal: over those with j <= i + (keys - queries) of that sequence, so that
 the last query sees the last key, as in flash-attn. A query that sees no key gets 0 (and lse -inf).
+
+    ds_ij = p_ij (dout_i . v_j - dout_i . out_i + dlse_i)          p_ij = exp(scale * q_i . k_j - lse_i)
+    dq_i = scale * sum_j ds_ij k_j       dk_j = scale * sum_i ds_ij q_i       dv_j = sum_i p_ij dout_i
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmfast_kernels import backends
+from mmfast_kernels.attention_check import check, check_scale
 from mmfast_kernels.backends import Case, Lengths
-from mmfast_kernels.dispatch import INTERPRET, register
+from mmfast_kernels.dispatch import INTERPRET, needs_grad, register
 
-# -- launcher and fake --
+# -- launchers and fakes --
 
 
 def _attention(
@@ -41,6 +46,10 @@ def _attention(
         from mmfast_kernels import attention_triton
 
         return attention_triton.attention(q, k, v, cu_q, cu_k, n_q, n_k, causal, scale, with_lse)
+    if with_lse and backend == "cpp" and q.numel() and k.numel():
+        from mmfast_kernels import attention_cpp
+
+        return attention_cpp.forward(q, k, v, at, causal, scale, with_lse=True)
     if with_lse:
         return _by_the_equations(q, k, v, at, causal, scale)
     return backends.run(backend, q, k, v, at, causal, scale), q.new_empty(0, dtype=torch.float32)
@@ -63,12 +72,154 @@ def _attention_fake(
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    n_q: int,
+    n_k: int,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    at = Lengths(cu_q, cu_k, n_q, n_k)
+    _write_gradients(dout, (q, k, v), out, lse, dlse, at, causal, scale, backend, (dq, dk, dv))
+    return dq, dk, dv
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _self_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor | None,
+    n: int,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    at = Lengths(cu, cu, n, n)
+    _write_gradients(dout, qkv.unbind(1), out, lse, None, at, causal, scale, backend, dqkv.unbind(1))
+    return dqkv
+
+
+def _self_backward_fake(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _write_gradients(
+    dout: Tensor,
+    qkv: tuple[Tensor, ...],
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    at: Lengths,
+    causal: bool,
+    scale: float,
+    backend: str,
+    grads: tuple[Tensor, ...],
+) -> None:
+    q, k, v = qkv
+    dq, dk, dv = grads
+    if backend == "triton":
+        from mmfast_kernels import attention_backward_triton
+
+        attention_backward_triton.attention_backward(
+            dout, q, k, v, out, lse, dlse, at.cu_q, at.cu_k, at.n_q, at.n_k, causal, scale, dq, dk, dv
+        )
+    elif backend != "cpp" or dlse is not None:
+        raise ValueError(f"backend must be triton, or cpp without a gradient of the log-sum-exp, got {backend}")
+    elif q.numel() == 0 or k.numel() == 0:
+        for x in grads:
+            x.zero_()
+    else:
+        from mmfast_kernels import attention_cpp
+
+        attention_cpp.backward(dout.contiguous(), q, k, v, out, lse, at, causal, scale, dq, dk, dv)
+
+
 _op = register(
     "packed_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, SymInt n_q, SymInt n_k, bool causal, "
     "float scale, bool with_lse, str backend) -> (Tensor, Tensor)",
     _attention,
     _attention_fake,
 )
+_backward_op = register(
+    "packed_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
+    "Tensor? cu_q, Tensor? cu_k, SymInt n_q, SymInt n_k, bool causal, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_self_backward_op = register(
+    "self_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu, SymInt n, bool causal, "
+    "float scale, str backend) -> Tensor",
+    _self_backward,
+    _self_backward_fake,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,  # None also where it is cu_q
+        n_q: int,
+        n_k: int,
+        causal: bool,
+        scale: float,
+        backend: str,
+        with_lse: bool,
+    ) -> tuple[Tensor, ...]:
+        cu_k = cu_q if cu_k is None else cu_k
+        out, lse = _op(q, k, v, cu_q, cu_k, n_q, n_k, causal, scale, True, backend)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.options = n_q, n_k, causal, scale, backend
+        ctx.set_materialize_grads(False)
+        return (out, lse) if with_lse else (out,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = _backward_op(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.options)
+        needed = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:3], strict=True))
+        return *needed, *[None] * 8
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Of a packed product, so that its gradient is written in place and not put together from three."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cu: Tensor | None, n: int, causal: bool, scale: float, backend: str) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        out, lse = _op(q, k, v, cu, cu, n, n, causal, scale, True, backend)
+        ctx.save_for_backward(qkv, out, lse, cu)
+        ctx.options = n, causal, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, cu = ctx.saved_tensors
+        return _self_backward_op(dout, qkv, out, lse, cu, *ctx.options), None, None, None, None, None
 
 
 # -- public --
@@ -95,23 +246,72 @@ def packed_attention(
     Sequences: length, when each has that many tokens (T = S * length), and it wins; else cu_seqlens [S+1] int32, with
     max_length, a bound on the longest. The same with _k for keys of their own lengths (cross attention).
     causal: the last query of a sequence sees its last key. scale: d**-0.5 by default, above 0.
-    backend: one of backends.NAMES; by default MMFAST_ATTENTION, else the table's choice, and torch for a gradient.
-    Returns [T, H, d], contiguous, in q's dtype; rows behind the last sequence are undefined.
+    backend: one of backends.NAMES; by default MMFAST_ATTENTION, else the table's choice.
+    Returns [T, H, d], contiguous, in q's dtype; rows behind the last sequence are undefined, and their gradients 0.
     ValueError (TypeError for a wrong type) names the argument that is wrong, or why the backend is refused.
     """
-    at = _check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
-    scale = _check_scale(scale, q.shape[2])
+    at = check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
+    return _attend(q, k, v, at, causal, check_scale(scale, q.shape[2]), backend or backends.forced())
+
+
+def packed_self_attention(
+    qkv: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    length: int | None = None,
+    max_length: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """packed_attention of a packed QKV product, whose gradient comes back packed, without a copy.
+
+    qkv: [T, 3, H, d], any strides with a contiguous last dim. The rest, and the result, as in packed_attention.
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [T, 3, H, d], got {tuple(qkv.shape)}")
+    q, k, v = qkv.unbind(1)
+    at = check(q, k, v, cu_seqlens, length, max_length, None, None, None)
+    scale = check_scale(scale, qkv.shape[3])
     wanted = backend or backends.forced()
     case = _case(q, k, v, at, causal, False)
-    # SDPA itself where a gradient is wanted, and for one length on the CPU where our routine does not take it or
-    # torch.compile can see through SDPA.
+    if case.needs_grad:
+        wanted = backends.choose_for_gradient(case, wanted)
+        if wanted in backends.OWN_BACKWARD:
+            return _SelfAttention.apply(qkv, at.cu_q, at.n_q, causal, scale, wanted)
+    return _attend(q, k, v, at, causal, scale, wanted)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float, wanted: str | None) -> Tensor:
+    case = _case(q, k, v, at, causal, False)
+    if case.needs_grad:
+        name = backends.choose_for_gradient(case, wanted)
+        if name in backends.OWN_BACKWARD:
+            return _trained(q, k, v, at, causal, scale, name, False)[0]
+        return backends.run(name, q, k, v, at, causal, scale)
+    # SDPA itself for one length on the CPU, where our routine does not take it or torch.compile can see through SDPA.
     dense_on_cpu = at.cu_q is None and not (q.is_cuda or INTERPRET)
     blocked = torch.compiler.is_compiling() or backends.refusal("cpp", case) is not None
-    if case.needs_grad or (dense_on_cpu and wanted != "cpp" and (wanted is not None or blocked)):
+    if dense_on_cpu and wanted != "cpp" and (wanted is not None or blocked):
         if wanted is not None:
             backends.insist(wanted, case)
         return backends.run(wanted or "torch", q, k, v, at, causal, scale)
-    return _op(q, k, v, at.cu_q, at.cu_k, at.n_q, at.n_k, causal, scale, False, wanted or "")[0]
+    return _op(q, k, v, *at, causal, scale, False, wanted or "")[0]
+
+
+def _trained(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float, backend: str, with_lse: bool
+) -> tuple[Tensor, ...]:
+    cu_k = None if at.cu_k is at.cu_q else at.cu_k
+    if torch.compiler.is_compiling():  # which takes no tensor twice into a Function
+        k, v = k.view_as(k), v.view_as(v)
+    return _Attention.apply(q, k, v, at.cu_q, cu_k, at.n_q, at.n_k, causal, scale, backend, with_lse)
+
+
+def _case(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, with_lse: bool) -> Case:
+    row_stride = max(q.stride(0), k.stride(0), v.stride(0))
+    grad = needs_grad(q, k, v)
+    return Case(q.device, q.dtype, q.shape[2], at.n_q, at.n_k, at.cu_q is None, causal, grad, with_lse, row_stride)
 
 
 def packed_attention_with_lse(
@@ -130,13 +330,18 @@ def packed_attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """packed_attention, and the natural log of each query's sum of exponentials, [H, T] fp32 (fp64 for fp64).
 
-    Without a Triton kernel for the case it is computed by the equations, sequence by sequence.
+    Both have gradients. Without a kernel for the case it is computed by the equations, sequence by sequence.
     """
-    at = _check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
-    scale = _check_scale(scale, q.shape[2])
-    if _needs_grad(q, k, v):
+    at = check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
+    scale = check_scale(scale, q.shape[2])
+    case = _case(q, k, v, at, causal, True)
+    if case.needs_grad:
+        name = backends.choose_for_gradient(case, backends.forced())
+        if name in backends.OWN_BACKWARD:
+            out, lse = _trained(q, k, v, at, causal, scale, name, True)
+            return out, lse
         return _by_the_equations(q, k, v, at, causal, scale)
-    return _op(q, k, v, at.cu_q, at.cu_k, at.n_q, at.n_k, causal, scale, True, "")
+    return _op(q, k, v, *at, causal, scale, True, "")
 
 
 def packed_attention_ref(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -160,8 +365,8 @@ def packed_attention_with_lse_ref(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations, one sequence at a time, computed in dtype: by default fp32 (fp64 for fp64)."""
-    at = _check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
-    return _by_the_equations(q, k, v, at, causal, _check_scale(scale, q.shape[2]), dtype)
+    at = check(q, k, v, cu_seqlens, length, max_length, cu_seqlens_k, length_k, max_length_k)
+    return _by_the_equations(q, k, v, at, causal, check_scale(scale, q.shape[2]), dtype)
 
 
 def _by_the_equations(
@@ -190,101 +395,3 @@ def _by_the_equations(
     outs.append(q.new_zeros(rest, *q.shape[1:], dtype=wide))
     sums.append(q.new_full((q.shape[1], rest), float("-inf"), dtype=wide))
     return torch.cat(outs).to(q.dtype), torch.cat(sums, 1).to(torch.promote_types(q.dtype, torch.float32))
-
-
-# -- checks --
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _case(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, with_lse: bool) -> Case:
-    row_stride = max(q.stride(0), k.stride(0), v.stride(0))
-    needs_grad = _needs_grad(q, k, v)
-    return Case(
-        q.device, q.dtype, q.shape[2], at.n_q, at.n_k, at.cu_q is None, causal, needs_grad, with_lse, row_stride
-    )
-
-
-def _check_scale(scale: float | None, d: int) -> float:
-    if scale is None:
-        return d**-0.5
-    if not scale > 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-    return float(scale)
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu: Tensor | None,
-    length: int | None,
-    longest: int | None,
-    cu_k: Tensor | None,
-    length_k: int | None,
-    longest_k: int | None,
-) -> Lengths:
-    if q.dim() != 3:
-        raise ValueError(f"q must be [T, H, d], got {tuple(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dim() != 3 or x.shape[1:] != q.shape[1:]:
-            raise ValueError(f"{name} must be [Tk, H, d] with q's H and d, got {tuple(x.shape)} for q {tuple(q.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q must be floating point, got {q.dtype}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(2) != 1 and x.shape[2] != 1:
-            raise ValueError(f"{name} must have a contiguous last dim, got strides {x.stride()}")
-    own_keys = cu_k is not None or length_k is not None
-    n_q = _check_lengths("", q, cu, length, longest)
-    if own_keys:
-        n_k = _check_lengths("_k", k, cu_k, length_k, longest_k)
-    else:
-        if k.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"k has {k.shape[0]} tokens and q {q.shape[0]}: length_k or cu_seqlens_k must say how keys are divided"
-            )
-        cu_k, length_k, n_k = cu, length, n_q
-    cu, cu_k = (None if length is not None else cu), (None if length_k is not None else cu_k)
-    if cu is None and cu_k is None:
-        if q.shape[0] * n_k != k.shape[0] * n_q:
-            raise ValueError(
-                f"length_k must divide keys into as many sequences as length divides queries, got {n_k} for "
-                f"{k.shape[0]} keys and {n_q} for {q.shape[0]} queries"
-            )
-        return Lengths(None, None, n_q, n_k)
-    cu = _even_starts(q, n_q) if cu is None else cu
-    cu_k = _even_starts(k, n_k) if cu_k is None else cu_k
-    if cu.shape != cu_k.shape:
-        raise ValueError(f"cu_seqlens_k must have one entry a sequence and one more, {len(cu)}, got {len(cu_k)}")
-    return Lengths(cu, cu_k, n_q, n_k)
-
-
-def _check_lengths(suffix: str, x: Tensor, cu: Tensor | None, length: int | None, longest: int | None) -> int:
-    """The bound on a sequence's length."""
-    if length is not None:
-        if length < 0 or (x.shape[0] % length if length else x.shape[0]):
-            raise ValueError(f"length{suffix} must divide the {x.shape[0]} tokens, got {length}")
-        return length
-    if cu is None:
-        raise ValueError(f"length{suffix} or cu_seqlens{suffix} must be given, got neither")
-    if cu.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens{suffix} must be int32, got {cu.dtype}")
-    if cu.dim() != 1 or cu.shape[0] == 0 or not cu.is_contiguous():
-        raise ValueError(f"cu_seqlens{suffix} must be contiguous [S+1], got {tuple(cu.shape)} strides {cu.stride()}")
-    if cu.device != x.device:
-        raise ValueError(f"cu_seqlens{suffix} must be on {x.device}, got {cu.device}")
-    if longest is None or longest < 0:
-        raise ValueError(f"max_length{suffix} must bound the longest sequence of cu_seqlens{suffix}, got {longest}")
-    return longest
-
-
-def _even_starts(x: Tensor, length: int) -> Tensor:
-    return torch.arange(0, x.shape[0] + 1, max(length, 1), dtype=torch.int32, device=x.device)

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, INTERPRET
-from mmfast_kernels.native import _C, address, threads
 
 NAMES = ("triton", "cpp", "cudnn", "flash_attn", "torch")
 TRITON_WIDTHS = (32, 64, 80, 128)
+OWN_BACKWARD = ("triton", "cpp")  # the others bring torch's autograd
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -63,8 +63,8 @@ def refusal(backend: str, case: Case) -> str | None:
         return f"{name} needs a CUDA device, got {case.device.type}"
     if case.dtype not in HALF:
         return f"{name} takes float16 and bfloat16, got {case.dtype}"
-    if tables.arch_of(case.device) < 80:
-        return f"{name} needs sm_80 or newer, this is sm_{tables.arch_of(case.device)}"
+    if _arch(case.device) < 80:
+        return f"{name} needs sm_80 or newer, this is sm_{_arch(case.device)}"
     if case.with_lse:
         return f"the log-sum-exp is not taken from {name}"
     if backend == "cudnn":
@@ -79,10 +79,8 @@ def _refusal_of_triton(case: Case) -> str | None:
         return "triton is not installed"
     if case.device.type != "cuda" and not INTERPRET:
         return f"triton needs a CUDA device, got {case.device.type}"
-    if case.device.type == "cuda" and tables.arch_of(case.device) < 80:
-        return f"triton needs sm_80 or newer, this is sm_{tables.arch_of(case.device)}"
-    if case.needs_grad:
-        return "the Triton kernel is forward only, and an input asks for a gradient"
+    if case.device.type == "cuda" and _arch(case.device) < 80:
+        return f"triton needs sm_80 or newer, this is sm_{_arch(case.device)}"
     if case.dtype not in (*HALF, torch.float32):
         return f"the Triton kernel takes float16, bfloat16 and float32, got {case.dtype}"
     if case.d not in TRITON_WIDTHS:
@@ -99,9 +97,9 @@ def _refusal_of_cpp(case: Case) -> str | None:
         return f"the C++ routine takes float32, got {case.dtype}"
     if case.d % 16 or not 16 <= case.d <= 128:
         return f"the C++ routine takes d up to 128 in steps of 16, got {case.d}"
-    if case.needs_grad:
-        return "the C++ routine is forward only, and an input asks for a gradient"
-    return "the log-sum-exp is not taken from the C++ routine" if case.with_lse else None
+    if case.needs_grad and case.with_lse:
+        return "the gradient of the log-sum-exp is not taken from the C++ routine"
+    return None
 
 
 def _refusal_of_cudnn(case: Case) -> str | None:
@@ -116,6 +114,12 @@ def _refusal_of_cudnn(case: Case) -> str | None:
     if case.causal and case.n_q != case.n_k:
         return f"cuDNN's causal mask is not aligned to the last key: {case.n_q} queries, {case.n_k} keys"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _arch(device: torch.device) -> int:
+    """tables.arch_of, as something torch.compile need not look into."""
+    return tables.arch_of(device)
 
 
 @functools.cache
@@ -142,6 +146,19 @@ def choose(case: Case) -> tuple[str, dict[str, str]]:
         insist(wanted, case)
     chosen, refused = _choose(case)
     return wanted or chosen, dict(refused)
+
+
+def choose_for_gradient(case: Case, wanted: str | None) -> str:
+    """The backend to train with: `wanted` if it is given and takes the case, else the table's choice.
+
+    torch.compile cannot look into the table: while it traces, our own kernels are taken wherever they can be.
+    """
+    if wanted is not None:
+        insist(wanted, case)
+        return wanted
+    if torch.compiler.is_compiling():
+        return next((name for name in OWN_BACKWARD if refusal(name, case) is None), "torch")
+    return _choose(case)[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,13 +205,15 @@ def _describe(case: Case) -> dict[str, Any]:
 
 
 def run(backend: str, q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float) -> Tensor:
-    """Attention by cpp, cudnn, flash_attn or torch; differentiable but for cpp."""
+    """Attention by cpp, or by cudnn, flash_attn or torch, which autograd can follow."""
     if q.numel() == 0:
         return q.clone(memory_format=torch.contiguous_format)
     if k.shape[0] == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     if backend == "cpp":
-        return _cpp(q, k, v, at, causal, scale)
+        from mmfast_kernels import attention_cpp
+
+        return attention_cpp.forward(q, k, v, at, causal, scale)[0]
     if backend == "flash_attn":
         return _flash_attn(q, k, v, at, causal, scale)
     if at.cu_q is None:
@@ -202,23 +221,11 @@ def run(backend: str, q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return _dense(q, k, v, at.n_q, at.n_k, causal, scale)
         return _dense(q, k, v, at.n_q, at.n_k, causal, scale)
-    if q.is_cuda and q.dtype in HALF and q.shape[2] % 8 == 0 and q.shape[2] <= 256 and tables.arch_of(q.device) >= 80:
+    if q.is_cuda and q.dtype in HALF and q.shape[2] % 8 == 0 and q.shape[2] <= 256 and _arch(q.device) >= 80:
         return _varlen_attn(q, k, v, at, causal, scale)
     if q.is_cuda or torch.compiler.is_compiling():
         return _padded(q, k, v, at, causal, scale)
     return _runs(q, k, v, at, causal, scale)
-
-
-def _cpp(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float, widest: int = 64) -> Tensor:
-    """csrc/attention.cpp, with vector registers of `widest` bytes (16, 32 or 64) at most."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    sequences = q.shape[0] // at.n_q if at.cu_q is None else at.cu_q.shape[0] - 1
-    q_at, k_at, v_at = ((x.shape[0], x.stride(0), x.stride(1)) for x in (q, k, v))
-    _C.attention(
-        address(q), q_at, address(k), k_at, address(v), v_at, address(at.cu_q), at.n_q, address(at.cu_k), at.n_k,
-        sequences, q.shape[1], q.shape[2], causal, scale, address(out), threads(), widest,
-    )  # fmt: skip
-    return out
 
 
 def _varlen_attn(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, scale: float) -> Tensor:

@@ -24,17 +24,16 @@ else:
 
 
 def use_kernel(*tensors: Tensor | None) -> bool:
-    """True when these inputs go to the Triton kernel.
-
-    The kernels are forward only: an input that asks for a gradient goes to the reference, which autograd can follow.
-    They accumulate in fp32, so float64 goes there too.
-    """
+    """True when these inputs go to the Triton kernel, forward and backward. Kernels accumulate in fp32: not for float64."""
     given = [t for t in tensors if t is not None]
     if any(t.dtype == torch.float64 for t in given):
         return False
-    if not HAVE_TRITON or not (given[0].is_cuda or INTERPRET):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    return HAVE_TRITON and (given[0].is_cuda or INTERPRET)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """True when autograd will want to come back through an op of these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def tf32_allowed() -> bool:

@@ -151,50 +151,95 @@ void check_union() {
   EXPECT(refused({1, 2, 3, 4}, {0, 9, 4}));
 }
 
-// Sequences of the given lengths, q with one row between tokens, k and v with none.
+// Values of a wave, in rows of `row` with the same number of NaNs behind each but the last.
+std::vector<float> wave(int64_t rows, int64_t row, int step, int period) {
+  std::vector<float> x(rows ? (2 * rows - 1) * row : 0, NAN);
+  for (int64_t i = 0; i < rows * row; ++i) {
+    x[i / row * 2 * row + i % row] = static_cast<float>(i * step % period) / 32.0f - 1.0f;
+  }
+  return x;
+}
+
+// Sequences of the given lengths; all but dout and out with as much space between tokens as a token takes.
 void check_attention(const std::vector<int32_t>& of_q, const std::vector<int32_t>& of_k, int64_t d, bool causal,
                      int threads, int widest) {
   constexpr int64_t kHeads = 2;
-  const int64_t row = kHeads * d, n_q = of_q.back(), n_k = of_k.back();
-  std::vector<float> q(n_q ? (2 * n_q - 1) * row : 0), k(n_k * row), v(n_k * row), out(n_q * row);
-  for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i * 37 % 64) / 32.0f - 1.0f;
-  for (size_t i = 0; i < k.size(); ++i) k[i] = static_cast<float>(i * 53 % 61) / 32.0f - 1.0f;
-  for (size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(i * 29 % 67) / 32.0f - 1.0f;
+  constexpr double kScale = 0.25;
+  const int64_t behind = causal ? 1 : 0;  // tokens behind the last sequence
+  const int64_t row = kHeads * d, n_q = of_q.back() + behind, n_k = of_k.back() + behind;
+  const auto q = wave(n_q, row, 37, 64), k = wave(n_k, row, 53, 61), v = wave(n_k, row, 29, 67);
+  std::vector<float> dout(n_q * row, NAN), out(n_q * row, NAN), lse(kHeads * n_q, NAN);
+  for (int64_t i = 0; i < of_q.back() * row; ++i) dout[i] = static_cast<float>(i * 41 % 59) / 32.0f - 1.0f;
   const int64_t sequences = static_cast<int64_t>(of_q.size()) - 1;
   mmfast::Attention job{{q.data(), n_q, 2 * row, d},
-                        {k.data(), n_k, row, d},
-                        {v.data(), n_k, row, d},
+                        {k.data(), n_k, 2 * row, d},
+                        {v.data(), n_k, 2 * row, d},
                         {of_q.data(), 0},
                         {of_k.data(), 0},
                         sequences,
                         kHeads,
                         d,
                         causal,
-                        0.25f};
-  mmfast::attention(job, out.data(), threads, widest);
+                        static_cast<float>(kScale)};
+  std::vector<float> dq(q.size(), NAN), dk(k.size(), NAN), dv(v.size(), NAN);
+  const mmfast::AttentionGrads grads{dout.data(),
+                                     out.data(),
+                                     lse.data(),
+                                     {dq.data(), n_q, 2 * row, d},
+                                     {dk.data(), n_k, 2 * row, d},
+                                     {dv.data(), n_k, 2 * row, d}};
+  mmfast::attention(job, out.data(), lse.data(), threads, widest);
+  mmfast::attention_backward(job, grads, threads, widest);
+  std::vector<double> true_dq(dq.size(), 0.0), true_dk(dk.size(), 0.0), true_dv(dv.size(), 0.0);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t shift = int64_t{of_k[s + 1]} - of_k[s] - (of_q[s + 1] - of_q[s]);
-    for (int64_t i = of_q[s]; i < of_q[s + 1]; ++i) {
-      const int64_t end = causal ? std::min<int64_t>(of_k[s + 1], of_k[s] + i - of_q[s] + shift + 1) : of_k[s + 1];
-      for (int64_t h = 0; h < kHeads; ++h) {
-        std::vector<double> sum(d, 0.0);
-        double weight = 0.0;
+    for (int64_t h = 0; h < kHeads; ++h) {
+      for (int64_t i = of_q[s]; i < of_q[s + 1]; ++i) {
+        const int64_t end = causal ? std::min<int64_t>(of_k[s + 1], of_k[s] + i - of_q[s] + shift + 1) : of_k[s + 1];
+        const int64_t at_q = i * 2 * row + h * d, at_out = i * row + h * d;
+        std::vector<double> sum(d, 0.0), p, dp;
+        double weight = 0.0, delta = 0.0;
         for (int64_t j = of_k[s]; j < end; ++j) {
-          double score = 0.0;
-          for (int64_t e = 0; e < d; ++e) score += double{q[i * 2 * row + h * d + e]} * k[j * row + h * d + e];
-          const double power = std::exp(0.25 * score);
-          weight += power;
-          for (int64_t e = 0; e < d; ++e) sum[e] += power * v[j * row + h * d + e];
+          const int64_t at_k = j * 2 * row + h * d;
+          double score = 0.0, product = 0.0;
+          for (int64_t e = 0; e < d; ++e) {
+            score += double{q[at_q + e]} * k[at_k + e];
+            product += double{dout[at_out + e]} * v[at_k + e];
+          }
+          p.push_back(std::exp(kScale * score));
+          dp.push_back(product);
+          weight += p.back();
+          delta += p.back() * product;
+          for (int64_t e = 0; e < d; ++e) sum[e] += p.back() * v[at_k + e];
         }
+        EXPECT(weight > 0.0 ? std::abs(lse[h * n_q + i] - std::log(weight)) < 1e-5 : lse[h * n_q + i] == -INFINITY);
         for (int64_t e = 0; e < d; ++e) {
-          EXPECT(std::abs(out[i * row + h * d + e] - (weight > 0.0 ? sum[e] / weight : 0.0)) < 1e-5);
+          EXPECT(std::abs(out[at_out + e] - (weight > 0.0 ? sum[e] / weight : 0.0)) < 1e-5);
+        }
+        for (int64_t j = of_k[s]; j < end; ++j) {
+          const int64_t at_k = j * 2 * row + h * d;
+          const double share = p[j - of_k[s]] / weight, ds = kScale * share * (dp[j - of_k[s]] - delta / weight);
+          for (int64_t e = 0; e < d; ++e) {
+            true_dq[at_q + e] += ds * k[at_k + e];
+            true_dk[at_k + e] += ds * q[at_q + e];
+            true_dv[at_k + e] += share * dout[at_out + e];
+          }
         }
       }
     }
   }
+  const auto same = [&](const std::vector<float>& got, const std::vector<double>& expected) {
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT(i / row % 2 ? std::isnan(got[i]) : std::abs(got[i] - expected[i]) < 1e-4);
+    }
+  };
+  same(dq, true_dq);
+  same(dk, true_dk);
+  same(dv, true_dv);
   job.of_k.starts = nullptr;
   job.of_k.length = n_k + 1;
-  EXPECT(sequences == 0 || refuses([&] { mmfast::attention(job, out.data(), threads, widest); }));
+  EXPECT(sequences == 0 || refuses([&] { mmfast::attention(job, out.data(), nullptr, threads, widest); }));
+  EXPECT(sequences == 0 || refuses([&] { mmfast::attention_backward(job, grads, threads, widest); }));
 }
 
 void check_attentions() {
@@ -204,6 +249,8 @@ void check_attentions() {
         check_attention({0, 1, 1, 50, 67}, {0, 1, 1, 50, 67}, 16, causal, threads, widest);
         check_attention({0, 49, 97}, {0, 3, 520}, 48, causal, threads, widest);
         check_attention({0, 20, 21}, {0, 0, 17}, 128, causal, threads, widest);
+        check_attention({0, 101}, {0, 0}, 32, causal, threads, widest);
+        check_attention({0, 0}, {0, 7}, 32, causal, threads, widest);
       }
     }
   }
