@@ -51,9 +51,14 @@ def test_descriptor_kernel(mode: str, with_bias: bool) -> None:
     """The sm_90 kernel, which the interpreter takes too; 3 x 3 tiles with tails in every direction."""
     x, weight, bias = inputs(37, 40, 72)
     given = bias if with_bias else None
-    y = torch.full((37, 72), float("nan"))
-    launch(x, weight, given, y, mode, TILE | {"kernel": "descriptor", "blocks_per_sm": 2, "FLATTEN": True})
-    assert_close_to_truth("y", y, plain(x, weight, given, mode), truth_of(x, weight, given, mode))
+    tile = TILE | {"kernel": "descriptor", "blocks_per_sm": 2, "FLATTEN": True}
+    h = torch.full((37, 72), float("nan"))
+    for hidden in (None, h):
+        y = torch.full((37, 72), float("nan"))
+        launch(x, weight, given, y, hidden, mode, tile)
+        assert_close_to_truth("y", y, plain(x, weight, given, mode), truth_of(x, weight, given, mode))
+    wide = F.linear(x.double(), weight.double(), None if given is None else given.double())
+    assert_close_to_truth("h", h, F.linear(x, weight, given), wide)
 
 
 @pytest.mark.gpu

@@ -120,7 +120,7 @@ def test_mixed_dtypes(x_dtype: torch.dtype, branch_dtype: torch.dtype, weight_dt
 @interpret
 def test_statistics_for_backward(poisoned_empty: None) -> None:
     x, branch, weight, bias, _ = inputs(100)
-    _, s, mean, rstd = norm_op(x, branch, None, weight, bias, 1e-6, True)
+    _, s, mean, rstd = norm_op(x, branch, None, weight, bias, 1e-6, x.dtype, True)
     truth = s.double()
     variance, centre = torch.var_mean(truth, -1, correction=0)
     assert_close_to_truth("mean", mean, s.mean(-1), centre)
@@ -142,7 +142,7 @@ def test_large_offset_keeps_the_variance() -> None:
 def test_opcheck(branch: bool, stats: bool) -> None:
     x, other, weight, bias, gamma = inputs(16)
     args: tuple[Any, ...] = (x, other, gamma) if branch else (x, None, None)
-    torch.library.opcheck(norm_op, (*args, weight, bias, 1e-6, stats))
+    torch.library.opcheck(norm_op, (*args, weight, bias, 1e-6, torch.float16, stats))
 
 
 @pytest.mark.parametrize("lane", ["plain", pytest.param("kernel", marks=interpret)])

@@ -121,7 +121,7 @@ def test_few_tokens(count: int, poisoned_empty: None) -> None:
 
 
 def test_more_tokens_than_a_block_of_rows(monkeypatch: Any) -> None:
-    monkeypatch.setattr("mmfast_kernels.patches._CPU_ROWS", 4)
+    monkeypatch.setattr("mmfast_kernels.patches.CPU_ROWS", 4)
     check(inputs("video4"))
 
 
@@ -171,6 +171,29 @@ def test_gradients(lane: str, pixels: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("left_out", [None, "bias", "pos"])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", torch.bfloat16, id="cpu-bf16"),
+        pytest.param("cpu", torch.float16, id="interpreter-fp16", marks=interpret),
+        pytest.param("cuda", torch.bfloat16, marks=gpu),
+    ],
+)
+def test_autocast_rounds_the_product_and_not_the_stream(
+    left_out: str | None, device: str, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    args = inputs("video4", device=device)
+    if left_out is not None:
+        args[left_out] = None
+    half = truth_of(args | {"weight": args["weight"].to(dtype)})
+    with torch.autocast(device, dtype):
+        got, plain = tube_embed(**args), tube_embed_ref(**args)
+    assert got.dtype == torch.float32
+    assert_close_to_truth("tokens", got, plain.float(), half)
+    assert not torch.equal(got, got.to(dtype).float()) or left_out == "pos"
+
+
 @pytest.mark.parametrize("lane", ["plain", pytest.param("kernel", marks=interpret)])
 def test_compiles_as_one_graph(lane: str) -> None:
     args = inputs("video4")
@@ -183,7 +206,8 @@ def test_compiles_as_one_graph(lane: str) -> None:
 def test_opcheck(layout: str) -> None:
     a = inputs("video4", layout=layout)
     ids = (a["token_idx"], a["clip_idx"], a["token_idx"])
-    torch.library.opcheck(tube_embed_op, (a["video"], a["weight"], a["bias"], a["pos"], *ids, a["scale"], a["shift"]))
+    given = (a["video"], a["weight"], a["bias"], a["pos"], *ids, a["scale"], a["shift"], torch.float16)
+    torch.library.opcheck(tube_embed_op, given)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +224,7 @@ def test_opcheck(layout: str) -> None:
         ({"pos": torch.zeros(12, 3)}, ValueError, r"pos takes \[N, 33\]"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias takes \[33\]"),
         ({"shift": torch.zeros(1)}, ValueError, r"shift takes \[2\]"),
+        ({"scale": torch.ones(2, requires_grad=True)}, ValueError, "scale takes a constant"),
     ],
 )
 def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:

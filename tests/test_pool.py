@@ -175,7 +175,7 @@ def test_pool_opcheck(dense: bool) -> None:
     x, p = inputs(8, 12)
     cu = None if dense else torch.tensor([0, 5, 12], dtype=torch.int32)
     norms = (p["weight"], p["bias"], 1e-6, p["token_weight"], p["token_bias"], 1e-6)
-    torch.library.opcheck(pool_op, (x, cu, 4 if dense else 0, *norms))
+    torch.library.opcheck(pool_op, (x, cu, 4 if dense else 0, *norms, True))
 
 
 @interpret

@@ -38,10 +38,19 @@ def _add_bias(acc, bias_ptr, cols, n_cols):
 
 
 @triton.jit
+def _store_half(y_desc, h_desc, row, col, acc, bias_ptr, n_cols, HALF: tl.constexpr, MODE, APPROX):
+    h = _add_bias(acc, bias_ptr, col + tl.arange(0, HALF), n_cols)
+    if h_desc is not None:
+        h_desc.store([row, col], h.to(h_desc.dtype))
+    y_desc.store([row, col], gelu(h, MODE, APPROX).to(y_desc.dtype))
+
+
+@triton.jit
 def linear_gelu_descriptor_kernel(
     x_desc,  # [M, K] in blocks [BM, BK]
     w_desc,  # [N, K] in blocks [BN, BK]
     y_desc,  # [M, N] in blocks [BM, BN / 2]
+    h_desc,  # [M, N] in blocks [BM, BN / 2] | None: the product before the GELU, which a backward wants
     bias_ptr,  # [N] | None
     n_rows,
     n_cols,
@@ -66,11 +75,8 @@ def linear_gelu_descriptor_kernel(
             acc = tl.dot(x_desc.load([row, k]), w_desc.load([col, k]).T, acc)
         # In two halves: the staging buffer shrinks, and two blocks with three stages fit one SM.
         left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        cols = col + tl.arange(0, BN // 2)
-        left = gelu(_add_bias(left, bias_ptr, cols, n_cols), MODE, APPROX)
-        y_desc.store([row, col], left.to(y_desc.dtype))
-        right = gelu(_add_bias(right, bias_ptr, cols + BN // 2, n_cols), MODE, APPROX)
-        y_desc.store([row, col + BN // 2], right.to(y_desc.dtype))
+        _store_half(y_desc, h_desc, row, col, left, bias_ptr, n_cols, BN // 2, MODE, APPROX)
+        _store_half(y_desc, h_desc, row, col + BN // 2, right, bias_ptr, n_cols, BN // 2, MODE, APPROX)
 
 
 @triton.jit
@@ -78,6 +84,7 @@ def linear_gelu_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]
     y_ptr,  # [M, N]
+    h_ptr,  # [M, N] | None: the product before the GELU
     bias_ptr,  # [N] | None
     x_stride,
     w_stride,
@@ -111,6 +118,9 @@ def linear_gelu_kernel(
             x = tl.load(x_ptrs + k, mask=live_rows & live_k, other=0.0)
             w = tl.load(w_ptrs + k, mask=live_cols & live_k, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-    acc = gelu(_add_bias(acc, bias_ptr, cols, n_cols), MODE, APPROX)
+    acc = _add_bias(acc, bias_ptr, cols, n_cols)
     mask = live_rows & (cols < n_cols)[None, :]
-    tl.store(y_ptr + rows[:, None] * n_cols + cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    offsets = rows[:, None] * n_cols + cols[None, :]
+    if h_ptr is not None:
+        tl.store(h_ptr + offsets, acc.to(h_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, gelu(acc, MODE, APPROX).to(y_ptr.dtype.element_ty), mask=mask)

@@ -18,13 +18,18 @@ def _piece_mask(live, START: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr)
 
 
 @triton.jit
+def load_piece(x_ptr, rows, stride, live, START: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns START to START + CHUNK of rows of x, in fp32; columns beyond D and dead rows are 0."""
+    offsets = rows[:, None] * stride + (START + tl.arange(0, CHUNK))[None, :]
+    return tl.load(x_ptr + offsets, mask=_piece_mask(live, START, D, CHUNK), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_rows(x_ptr, rows, stride, live, D: tl.constexpr, CHUNK: tl.constexpr):
     """Rows of x in fp32 as a tuple of [ROWS, CHUNK] pieces; columns beyond D and dead rows are 0."""
     pieces = ()
     for start in tl.static_range(0, D, CHUNK):
-        offsets = rows[:, None] * stride + (start + tl.arange(0, CHUNK))[None, :]
-        piece = tl.load(x_ptr + offsets, mask=_piece_mask(live, start, D, CHUNK), other=0.0)
-        pieces = pieces + (piece.to(tl.float32),)
+        pieces = pieces + (load_piece(x_ptr, rows, stride, live, start, D, CHUNK),)
     return pieces
 
 

@@ -5,7 +5,7 @@
     token_idx[i] = (slot*h + row)*w + col over the grid (F/tt, H/p, W/p)
 
 A product [T, K] x [K, D], K = C*tt*p*p, whose left matrix is never built: each block reads its pixels from the video.
-The pixel is rounded to the weight's dtype before the product; bias and position are added in fp32.
+The pixel is rounded to the product's dtype; bias and position are added in fp32.
 Rows gathered elsewhere go in as a video [T, C, tt, p, p] with token_idx 0 and clip_idx 0, 1, 2, ...
 """
 
@@ -16,24 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmfast_kernels import tables
-from mmfast_kernels.dispatch import HAVE_TRITON, register, tf32_allowed, use_kernel
+from mmfast_kernels.dispatch import HAVE_TRITON, needs_grad, register, tf32_allowed, use_kernel
 from mmfast_kernels.linear import linear
+from mmfast_kernels.patches_backward import (
+    CPU_ROWS,
+    dvideo_of,
+    gathered_rows,
+    layout_of,
+    sum_by_row,
+    tube_embed_dweight_op,
+)
 
 if HAVE_TRITON:
     from mmfast_kernels import patches_triton
-
-_CPU_ROWS = 1024  # rows gathered at a time where no gradient is wanted: as fast as all at once, in less memory
-
-
-def layout_of(video: Tensor, tubelet: int, patch: int) -> str:
-    """How the kernel walks over a token's pixels: as "rows" in one piece, "interleaved" channels, or "planar"."""
-    c, f, h, w = video.shape[1:]
-    c_stride, f_stride, h_stride, w_stride = video.stride()[1:]
-    if (f, h, w) == (tubelet, patch, patch) and (c_stride, f_stride, h_stride, w_stride) == (f * h * w, h * w, w, 1):
-        return "rows"
-    return "interleaved" if (c_stride, w_stride) == (1, c) and c > 1 else "planar"
 
 
 def _fwd(
@@ -46,6 +44,7 @@ def _fwd(
     pos_idx: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     d, c, tubelet, patch, _ = weight.shape
     layout = layout_of(video, tubelet, patch)
@@ -54,7 +53,7 @@ def _fwd(
         pos = pos.contiguous()
     token_idx, clip_idx, pos_idx = token_idx.contiguous(), clip_idx.contiguous(), pos_idx.contiguous()
     bias, scale, shift = (None if t is None else t.contiguous() for t in (bias, scale, shift))
-    y = _fwd_fake(video, weight, bias, pos, token_idx)
+    y = torch.empty((token_idx.shape[0], d), dtype=out_dtype, device=video.device)
     n_tokens = token_idx.shape[0]
     tf32 = weight.dtype == torch.float32 and tf32_allowed()
 
@@ -76,17 +75,64 @@ def _fwd(
 
 
 def _fwd_fake(
-    video: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, token_idx: Tensor, *_: object
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    token_idx: Tensor,
+    clip_idx: Tensor,
+    pos_idx: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty((token_idx.shape[0], weight.shape[0]), dtype=weight.dtype, device=video.device)
+    return torch.empty((token_idx.shape[0], weight.shape[0]), dtype=out_dtype, device=video.device)
 
 
 tube_embed_op = register(
     "tube_embed(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor token_idx, Tensor clip_idx, "
-    "Tensor pos_idx, Tensor? scale, Tensor? shift) -> Tensor",
+    "Tensor pos_idx, Tensor? scale, Tensor? shift, ScalarType out_dtype) -> Tensor",
     _fwd,
     _fwd_fake,
 )
+
+
+class _TubeEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        video: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pos: Tensor | None,
+        token_idx: Tensor,
+        clip_idx: Tensor,
+        pos_idx: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
+        ctx.dtype = dtype
+        return _forward(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift = ctx.saved_tensors
+        want_video, want_weight, want_bias, want_pos = ctx.needs_input_grad[:4]
+        dvideo = dweight = dbias = dpos = None
+        if want_video:
+            dvideo = dvideo_of(dy, video, weight, token_idx, clip_idx, scale, ctx.dtype)
+        if want_weight:
+            _, _, tubelet, patch, _ = weight.shape
+            pixels = (video, token_idx, clip_idx, scale, shift, tubelet, patch)
+            dweight = tube_embed_dweight_op(dy, *pixels, ctx.dtype, weight.dtype)
+        if want_bias:
+            dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype)
+        if want_pos:
+            dpos = sum_by_row(dy, token_idx if pos_idx is None else pos_idx, pos.shape[0]).to(pos.dtype)
+        return dvideo, dweight, dbias, dpos, None, None, None, None, None, None
 
 
 def tube_embed(
@@ -106,20 +152,42 @@ def tube_embed(
     video: [B, C, F, H, W] uint8 or float, any strides; uint8 takes scale and shift. weight: [D, C, tt, p, p], as Conv3d
     has it. bias: [D] or None. pos: [N, D] in fp32 or the weight's dtype, or None. token_idx, clip_idx: [T] int32, ids
     on the grid (F/tt, H/p, W/p) and rows of video. pos_idx: [T] int32 rows of pos, by default token_idx.
-    scale, shift: [C] fp32, pixel*scale + shift before the product. Returns [T, D] in the weight's dtype, or autocast's.
+    scale, shift: [C] fp32 constants, pixel*scale + shift before the product. Returns [T, D] in the weight's dtype; under
+    autocast too, where only the product is in autocast's dtype, so that the residual stream stays fp32.
+    Gradients for weight, bias, pos and a float video, deterministic.
     Ids out of range are not looked for on a GPU. Raises ValueError, TypeError.
     """
     _check(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
-    if torch.is_autocast_enabled(video.device.type):
-        weight = weight.to(torch.get_autocast_dtype(video.device.type))
+    double = any(t is not None and t.dtype == torch.float64 for t in (video, weight, bias, pos))
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(video.device.type) and not double:
+        dtype = torch.get_autocast_dtype(video.device.type)
+    if double or (torch.compiler.is_compiling() and not use_kernel(video)):
+        return _embed(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+    if pos_idx is token_idx:  # torch.compile takes no tensor twice in one Function
+        pos_idx = None
+    run = _TubeEmbed.apply if needs_grad(video, weight, bias, pos) else _forward
+    return run(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+
+
+def _forward(
+    video: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor | None,
+    token_idx: Tensor,
+    clip_idx: Tensor,
+    pos_idx: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     pos_idx = token_idx if pos_idx is None else pos_idx
     if use_kernel(video, weight, bias, pos):
-        return tube_embed_op(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (video, weight, bias, pos))
-    if needs_grad or torch.compiler.is_compiling():
-        return _embed(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
-    parts = zip(token_idx.split(_CPU_ROWS), clip_idx.split(_CPU_ROWS), pos_idx.split(_CPU_ROWS), strict=True)
-    blocks = [_embed(video, weight, bias, pos, token, clip, row, scale, shift) for token, clip, row in parts]
+        ids = (token_idx, clip_idx, pos_idx)
+        return tube_embed_op(video, weight.to(dtype), bias, pos, *ids, scale, shift, weight.dtype)
+    parts = zip(token_idx.split(CPU_ROWS), clip_idx.split(CPU_ROWS), pos_idx.split(CPU_ROWS), strict=True)
+    blocks = [_embed(video, weight, bias, pos, token, clip, row, scale, shift, dtype) for token, clip, row in parts]
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
@@ -130,20 +198,16 @@ def _embed(
     pos: Tensor | None,
     token_idx: Tensor,
     clip_idx: Tensor,
-    pos_idx: Tensor,
+    pos_idx: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Gathered rows times the weight, in torch."""
-    from mmfast_kernels import gather
-
-    _, c, tubelet, patch, _ = weight.shape
-    plain = video.requires_grad or video.dtype == torch.float64
-    rows_of = gather.gather_tubes_ref if plain else gather.gather_tubes
-    wide = torch.float64 if video.dtype == torch.float64 else torch.float32
-    rows = rows_of(video, token_idx, clip_idx, tubelet, patch, scale, shift, wide).to(weight.dtype)
-    y = linear(rows, weight.flatten(1), None if bias is None else bias.to(weight.dtype))
-    return y if pos is None else (y + pos[pos_idx]).to(weight.dtype)
+    _, _, tubelet, patch, _ = weight.shape
+    rows = gathered_rows(video, token_idx, clip_idx, tubelet, patch, scale, shift).to(dtype)
+    y = linear(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    return (y if pos is None else y + pos[token_idx if pos_idx is None else pos_idx]).to(weight.dtype)
 
 
 def _check(
@@ -181,6 +245,8 @@ def _check(
     for name, tensor in (("scale", scale), ("shift", shift)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise TypeError(f"tube_embed: {name} takes torch.float32, got {tensor.dtype}")
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"tube_embed: {name} takes a constant, got one that requires grad")
         if tensor is not None and tensor.shape != (c,):
             raise ValueError(f"tube_embed: {name} takes [{c}], got {tuple(tensor.shape)}")
     if bias is not None and bias.shape != (d,):

@@ -5,6 +5,47 @@ import triton.language as tl
 
 
 @triton.jit
+def token_offsets(
+    token, clip, b_stride, f_stride, h_stride, w_stride, grid_h, grid_w, TT: tl.constexpr, P: tl.constexpr
+):
+    """Where the first pixel of each token lies in the video."""
+    x = (token % grid_w).to(tl.int64)
+    y = (token // grid_w % grid_h).to(tl.int64)
+    slot = (token // (grid_w * grid_h)).to(tl.int64)
+    return clip.to(tl.int64) * b_stride + slot * (f_stride * TT) + y * (h_stride * P) + x * (w_stride * P)
+
+
+@triton.jit
+def pixel_offsets(
+    k,
+    c_stride,
+    f_stride,
+    h_stride,
+    w_stride,
+    C: tl.constexpr,
+    TT: tl.constexpr,
+    P: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    UNIT_W: tl.constexpr,
+):
+    """Where a token's value k lies from its first pixel, and the value's channel."""
+    if LAYOUT == "rows":
+        offset = k
+        channel = k // (TT * P * P)
+    elif LAYOUT == "planar":
+        across = k % P if UNIT_W else k % P * w_stride
+        down = (k // P % P).to(tl.int64) * h_stride
+        channel = k // (TT * P * P)
+        offset = channel.to(tl.int64) * c_stride + (k // (P * P) % TT).to(tl.int64) * f_stride + down + across
+    else:
+        tl.static_assert(LAYOUT == "interleaved")
+        channel = k % C
+        down = (k // (P * C) % P).to(tl.int64) * h_stride
+        offset = (k // (P * P * C)).to(tl.int64) * f_stride + down + k % (P * C)
+    return offset, channel
+
+
+@triton.jit
 def tube_embed_kernel(
     video_ptr,  # [B, C, F, H, W] uint8 or float
     scale_ptr,  # [C] fp32 | None
@@ -46,31 +87,15 @@ def tube_embed_kernel(
     live_cols = cols < n_cols
 
     token = tl.load(token_ptr + rows, mask=live_rows, other=0)
-    clip = tl.load(clip_ptr + rows, mask=live_rows, other=0).to(tl.int64)
-    x = (token % grid_w).to(tl.int64)
-    y = (token // grid_w % grid_h).to(tl.int64)
-    slot = (token // (grid_w * grid_h)).to(tl.int64)
-    tube_ptrs = (
-        video_ptr + (clip * b_stride + slot * (f_stride * TT) + y * (h_stride * P) + x * (w_stride * P))[:, None]
-    )
+    clip = tl.load(clip_ptr + rows, mask=live_rows, other=0)
+    tube = token_offsets(token, clip, b_stride, f_stride, h_stride, w_stride, grid_h, grid_w, TT, P)
+    tube_ptrs = video_ptr + tube[:, None]
     weight_ptrs = weight_ptr + cols[:, None] * K
 
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        if LAYOUT == "rows":
-            offset = k
-            channel = k // CUBE
-        elif LAYOUT == "planar":
-            across = k % P if UNIT_W else k % P * w_stride
-            down = (k // P % P).to(tl.int64) * h_stride
-            channel = k // CUBE
-            offset = channel.to(tl.int64) * c_stride + (k // (P * P) % TT).to(tl.int64) * f_stride + down + across
-        else:
-            tl.static_assert(LAYOUT == "interleaved")
-            channel = k % C
-            down = (k // (P * C) % P).to(tl.int64) * h_stride
-            offset = (k // (P * P * C)).to(tl.int64) * f_stride + down + k % (P * C)
+        offset, channel = pixel_offsets(k, c_stride, f_stride, h_stride, w_stride, C, TT, P, LAYOUT, UNIT_W)
         if K % BK == 0:
             pixels = tl.load(tube_ptrs + offset[None, :], mask=live_rows[:, None], other=0)
             weight = tl.load(weight_ptrs + k[None, :], mask=live_cols[:, None], other=0.0)

@@ -5,6 +5,10 @@
 
 The mean has two steps and no atomics, so its result is the same every time: fp32 sums over a fixed number of parts of a
 sequence, then their sum, division and norm.
+
+Backward: the gradient of the norm of the mean is one of [S, D]; a token's is its sequence's, divided by the length and
+taken back through the token's norm, whose statistics are taken again from the tokens. The token norm's parameters are
+the same for every token, so their gradients come from the saved means of the normalised tokens, [S, D] too.
 """
 
 from collections.abc import Mapping
@@ -13,17 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmfast_kernels import tables
-from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
-from mmfast_kernels.norm import MAX_COLUMNS, layer_norm_ref, piece_columns
+from mmfast_kernels.dispatch import HAVE_TRITON, needs_grad, register, use_kernel
+from mmfast_kernels.norm import MAX_COLUMNS, dense_rows, layer_norm_ref, norm_backward_op, piece_columns
 
 if HAVE_TRITON:
     from mmfast_kernels import pool_triton
 
 
 def geometry(d: int, config: Mapping[str, Any]) -> dict[str, int]:
-    """Constants of the kernel that sums rows of d columns."""
+    """Constants of the kernels that go through the tokens, rows of d columns."""
     warps, sharing = config["num_warps"], config["chunk_warps"]
     rows = max(config["elements"] * 32 * warps // d, warps // sharing)
     return {
@@ -51,15 +56,18 @@ def _pool(
     token_weight: Tensor | None,
     token_bias: Tensor | None,
     token_eps: float,
-) -> Tensor:
-    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    stats: bool,
+) -> list[Tensor]:
+    tokens = dense_rows(tokens)
     cu_seqlens, weight, bias, token_weight, token_bias = (
         None if t is None else t.contiguous() for t in (cu_seqlens, weight, bias, token_weight, token_bias)
     )
-    y = _pool_fake(tokens, cu_seqlens, length)
+    outputs = _pool_fake(tokens, cu_seqlens, length, weight, bias, eps, token_weight, token_bias, token_eps, stats)
+    y = outputs[0]
+    mean, centre, rstd = [*outputs[1:], None, None, None][:3]
     sequences, d = y.shape
     if sequences == 0:
-        return y
+        return outputs
     config = tables.lookup("pool", d=d).config
     programs = sequences * config["splits"]
     sums = torch.empty((programs, d), dtype=torch.float32, device=tokens.device)
@@ -69,14 +77,93 @@ def _pool(
             NORM=token_weight is not None, **geometry(d, config),
         )  # fmt: skip
         pool_triton.segment_mean_kernel[(sequences,)](
-            sums, cu_seqlens, token_weight, token_bias, weight, bias, y, length, eps, **mean_geometry(d, config)
-        )
-    return y
+            sums, cu_seqlens, token_weight, token_bias, weight, bias, y, mean, centre, rstd, length, eps,
+            **mean_geometry(d, config),
+        )  # fmt: skip
+    return outputs
 
 
-def _pool_fake(tokens: Tensor, cu_seqlens: Tensor | None, length: int, *_: object) -> Tensor:
+def _pool_fake(
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    length: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    token_weight: Tensor | None,
+    token_bias: Tensor | None,
+    token_eps: float,
+    stats: bool,
+) -> list[Tensor]:
     sequences = tokens.shape[0] // length if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty((sequences, tokens.shape[1]), dtype=tokens.dtype, device=tokens.device)
+    shape = (sequences, tokens.shape[1])
+    outputs = [torch.empty(shape, dtype=tokens.dtype, device=tokens.device)]
+    if stats:
+        shapes = [shape, (sequences,), (sequences,)] if weight is not None else [shape]
+        outputs += [torch.empty(s, dtype=torch.float32, device=tokens.device) for s in shapes]
+    return outputs
+
+
+def _pool_backward(
+    dy: Tensor,  # [S, D]
+    saved: list[Tensor],  # mean [S, D]; centre and rstd [S] of its norm
+    tokens: Tensor | None,  # [T, D] with a norm of the tokens
+    cu_seqlens: Tensor | None,
+    length: int,
+    n_tokens: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    token_bias: Tensor | None,
+    token_eps: float,
+    wants_tokens: bool,
+) -> list[Tensor]:
+    dmean = dy.float()
+    lives = None if cu_seqlens is None else (cu_seqlens.diff() > 0)[:, None]
+    gradients: list[Tensor] = []
+    if weight is not None and bias is not None:
+        mean, centre, rstd = saved
+        if token_weight is not None and token_bias is not None:
+            shift = token_bias.float() if lives is None else lives * token_bias.float()
+            mean = torch.addcmul(shift, mean, token_weight.float())
+        dmean, *gradients = norm_backward_op(
+            None, dy, mean, None, None, weight, centre, rstd, bias.dtype, None, True, True
+        )
+    if token_weight is not None and token_bias is not None:
+        gradients.append((dmean * saved[0]).sum(0).to(token_weight.dtype))
+        gradients.append((dmean if lives is None else dmean * lives).sum(0).to(token_bias.dtype))
+    if not wants_tokens:
+        return gradients
+    d = dy.shape[1]
+    dtokens = torch.empty((n_tokens, d), dtype=dy.dtype, device=dy.device)
+    if n_tokens:
+        tokens = None if tokens is None else dense_rows(tokens)
+        cu_seqlens, token_weight = (None if t is None else t.contiguous() for t in (cu_seqlens, token_weight))
+        config = tables.lookup("pool", d=d).config
+        with torch.cuda.device_of(dy):
+            pool_triton.token_gradients_kernel[(dy.shape[0] * config["splits"],)](
+                dmean.contiguous(), cu_seqlens, tokens, token_weight, dtokens,
+                0 if tokens is None else tokens.stride(0), length, token_eps, **geometry(d, config),
+            )  # fmt: skip
+    return [dtokens, *gradients]
+
+
+def _pool_backward_fake(
+    dy: Tensor,
+    saved: list[Tensor],
+    tokens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    length: int,
+    n_tokens: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    token_bias: Tensor | None,
+    token_eps: float,
+    wants_tokens: bool,
+) -> list[Tensor]:
+    dtokens = [torch.empty((n_tokens, dy.shape[1]), dtype=dy.dtype, device=dy.device)] if wants_tokens else []
+    return dtokens + [torch.empty_like(p) for p in (weight, bias, token_weight, token_bias) if p is not None]
 
 
 def _ensemble(logits: Tensor) -> Tensor:
@@ -96,13 +183,83 @@ def _ensemble_fake(logits: Tensor) -> Tensor:
     return torch.empty((logits.shape[0], logits.shape[2]), dtype=torch.float32, device=logits.device)
 
 
+def _ensemble_backward(dprobs: Tensor, logits: Tensor) -> Tensor:
+    probs = torch.softmax(logits, -1, dtype=torch.float32)
+    g = dprobs[:, None] / logits.shape[1]
+    return (probs * (g - (probs * g).sum(-1, keepdim=True))).to(logits.dtype)
+
+
+def _ensemble_backward_fake(dprobs: Tensor, logits: Tensor) -> Tensor:
+    return torch.empty_like(logits)
+
+
+# Returns pooled and, where stats are asked for, the means in fp32 and with weight the statistics of their norm.
 pool_op = register(
     "segment_mean_norm(Tensor tokens, Tensor? cu_seqlens, int length, Tensor? weight, Tensor? bias, float eps, "
-    "Tensor? token_weight, Tensor? token_bias, float token_eps) -> Tensor",
+    "Tensor? token_weight, Tensor? token_bias, float token_eps, bool stats) -> Tensor[]",
     _pool,
     _pool_fake,
 )
+# Returns dtokens where it is wanted, then a gradient of every parameter given.
+pool_backward_op = register(
+    "segment_mean_norm_backward(Tensor dy, Tensor[] saved, Tensor? tokens, Tensor? cu_seqlens, int length, "
+    "SymInt n_tokens, Tensor? weight, Tensor? bias, Tensor? token_weight, Tensor? token_bias, float token_eps, "
+    "bool wants_tokens) -> Tensor[]",
+    _pool_backward,
+    _pool_backward_fake,
+)
 ensemble_op = register("ensemble_probs(Tensor logits) -> Tensor", _ensemble, _ensemble_fake)
+ensemble_backward_op = register(
+    "ensemble_probs_backward(Tensor dprobs, Tensor logits) -> Tensor", _ensemble_backward, _ensemble_backward_fake
+)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        length: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        token_weight: Tensor | None,
+        token_bias: Tensor | None,
+        token_eps: float,
+    ) -> Tensor:
+        y, *saved = pool_op(tokens, cu_seqlens, length, weight, bias, eps, token_weight, token_bias, token_eps, True)
+        kept = tokens if token_weight is not None and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(kept, cu_seqlens, weight, bias, token_weight, token_bias, *saved)
+        ctx.length, ctx.n_tokens, ctx.token_eps = length, tokens.shape[0], token_eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, cu_seqlens, weight, bias, token_weight, token_bias, *saved = ctx.saved_tensors
+        wants_tokens = ctx.needs_input_grad[0]
+        made = pool_backward_op(
+            dy, saved, tokens, cu_seqlens, ctx.length, ctx.n_tokens, weight, bias, token_weight, token_bias,
+            ctx.token_eps, wants_tokens,
+        )  # fmt: skip
+        taken = iter(made)
+        dtokens = next(taken) if wants_tokens else None
+        dweight, dbias = (None, None) if weight is None else (next(taken), next(taken))
+        dtoken_weight, dtoken_bias = (None, None) if token_weight is None else (next(taken), next(taken))
+        return dtokens, None, None, dweight, dbias, None, dtoken_weight, dtoken_bias, None
+
+
+class _Ensemble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return ensemble_op(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dprobs: Tensor) -> Tensor:
+        return ensemble_backward_op(dprobs, ctx.saved_tensors[0])
 
 
 def segment_mean_norm(
@@ -130,7 +287,10 @@ def segment_mean_norm(
             tokens, cu_seqlens, length=length, weight=weight, bias=bias, eps=eps,
             token_weight=token_weight, token_bias=token_bias, token_eps=token_eps,
         )  # fmt: skip
-    return pool_op(tokens, cu_seqlens, 0 if length is None else length, *norms)
+    args = (tokens, cu_seqlens, 0 if length is None else length, *norms)
+    if needs_grad(tokens, weight, bias, token_weight, token_bias):
+        return _Pool.apply(*args)
+    return pool_op(*args, False)[0]
 
 
 def _check(
@@ -170,7 +330,9 @@ def ensemble_probs(logits: Tensor) -> Tensor:
         raise TypeError(f"ensemble_probs: logits takes a floating dtype, got {logits.dtype}")
     if logits.dim() != 3 or 0 in logits.shape[1:]:
         raise ValueError(f"ensemble_probs: logits takes [B, P, K] with P and K at least 1, got {tuple(logits.shape)}")
-    return ensemble_op(logits) if use_kernel(logits) else ensemble_probs_ref(logits)
+    if not use_kernel(logits):
+        return ensemble_probs_ref(logits)
+    return _Ensemble.apply(logits) if needs_grad(logits) else ensemble_op(logits)
 
 
 def segment_mean_norm_ref(
@@ -195,8 +357,8 @@ def segment_mean_norm_ref(
     else:
         assert cu_seqlens is not None
         lengths = cu_seqlens.long().diff()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=x.shape[0])
-        sums = x.new_zeros((len(lengths), x.shape[1]), dtype=wide).index_add(0, sequence, x.to(wide))
+        # A tenth of index_add's time on a CPU. unsafe: no look at the lengths, which would wait for a GPU.
+        sums = torch.segment_reduce(x.to(wide), "sum", lengths=lengths, unsafe=True)
         mean = sums / lengths.clamp(min=1)[:, None]
     if weight is not None and bias is not None:
         mean = F.layer_norm(mean, weight.shape, weight.to(wide), bias.to(wide), eps)
