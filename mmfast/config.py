@@ -4,8 +4,8 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
 
 # Pixel statistics on px/255 (RGB: ImageNet), on flow in pixels, and on hand heatmaps, keyed by the number of channels.
 _STATISTICS: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -104,7 +104,7 @@ class ViTConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ViTConfig":
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The config of `to_dict`. Fields left out take their default; an unknown one raises ValueError by its name."""
         known = [f.name for f in fields(cls)]
         for name in data:
@@ -120,7 +120,7 @@ class ViTConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "ViTConfig":
+    def from_json(cls, text: str) -> Self:
         """The config of `to_json`."""
         data = json.loads(text)
         if not isinstance(data, dict):
@@ -153,14 +153,18 @@ def _numbers(config: ViTConfig) -> None:
     positive = {"norm_eps", "fc_norm_eps", "mlp_ratio"}
     for name in ("mlp_ratio", "norm_eps", "fc_norm_eps", "init_values", "drop_path_rate", "head_drop_rate"):
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-            raise ValueError(f"{name} must be finite and {'above' if name in positive else 'at least'} 0, got {value}")
+        _number(name, value, name in positive)
         if name.endswith("_rate") and value >= 1:
             raise ValueError(f"{name} must be below 1, got {value}")
     if config.mlp_dim < 1:
         raise ValueError(f"mlp_ratio {config.mlp_ratio} leaves no hidden layer at embed_dim {config.embed_dim}")
+
+
+def _number(name: str, value: Any, positive: bool) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
 
 
 def _per_channel(name: str, given: Any, in_chans: int) -> tuple[float, ...]:
@@ -176,6 +180,70 @@ def _per_channel(name: str, given: Any, in_chans: int) -> tuple[float, ...]:
 def _close(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+@dataclass(frozen=True)
+class MAEConfig(ViTConfig):
+    """Everything that fixes a MaskedAutoencoder but its weights: a ViTConfig for the encoder, and the decoder.
+
+    The encoder keeps its final norm. num_classes above 0 adds MM-CDFSL's class branch: mean over the visible tokens, fc_norm,
+    dropout (head_drop_rate), head. normalize_target: whether the loss normalises each patch and channel (VideoMAE).
+    """
+
+    final_norm: bool = True
+    decoder_embed_dim: int = 384
+    decoder_depth: int = 4
+    decoder_num_heads: int = 6
+    decoder_mlp_ratio: float = 4.0
+    decoder_norm_eps: float = None  # type: ignore[assignment]  # of the norm before the head; norm_eps unless given
+    normalize_target: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_norm_eps is None:
+            object.__setattr__(self, "decoder_norm_eps", self.norm_eps)
+        if self.pool != "mean":
+            raise ValueError(f'pool must be "mean" in a masked autoencoder, got {self.pool!r}')
+        if not self.final_norm:
+            raise ValueError("final_norm must be True: the decoder reads normalised tokens")
+        if not isinstance(self.normalize_target, bool):
+            raise TypeError(f"normalize_target must be True or False, got {self.normalize_target!r}")
+        _ = self.decoder  # ViTConfig checks its numbers
+
+    @property
+    def encoder(self) -> ViTConfig:
+        """The encoder alone: no class branch."""
+        own = {f.name: getattr(self, f.name) for f in fields(ViTConfig)}
+        return ViTConfig(**{**own, "num_classes": 0, "fc_norm": False})
+
+    @property
+    def decoder(self) -> ViTConfig:
+        """The decoder's blocks, as a ViT of its width over the same tokens."""
+        for name in ("decoder_mlp_ratio", "decoder_norm_eps"):
+            _number(name, getattr(self, name), positive=True)
+        for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.decoder_embed_dim % self.decoder_num_heads:
+            raise ValueError(
+                f"decoder_num_heads must divide decoder_embed_dim {self.decoder_embed_dim}, got {self.decoder_num_heads}"
+            )
+        return replace(
+            self.encoder,
+            embed_dim=self.decoder_embed_dim,
+            depth=self.decoder_depth,
+            num_heads=self.decoder_num_heads,
+            mlp_ratio=self.decoder_mlp_ratio,
+            drop_path_rate=0.0,
+        )
+
+    @property
+    def patch_dim(self) -> int:
+        """Values the decoder predicts for a token: C * tt * p * p."""
+        return self.in_chans * self.tubelet_size * self.patch_size**2
 
 
 # -- names of the published sizes --------------------------------------------------------------------------------------
@@ -202,17 +270,43 @@ _ALIASES: dict[str, str] = {
 }
 
 
+# The decoder is about half as wide as the encoder; its depth is what the published pre-training scripts set.
+_DECODERS: dict[str, dict[str, Any]] = {
+    "small": dict(decoder_embed_dim=192, decoder_num_heads=3),
+    "base": dict(decoder_embed_dim=384, decoder_num_heads=6),
+    "large": dict(decoder_embed_dim=512, decoder_num_heads=8),
+    "huge": dict(decoder_embed_dim=640, decoder_num_heads=8),
+}
+_MMCDFSL_PRETRAIN: dict[str, Any] = {**_SIZES["small"], **_DECODERS["small"], "head_drop_rate": 0.5}
+_MAE_NAMES: dict[str, dict[str, Any]] = {
+    **{f"pretrain_videomae_{size}_patch16_224": _SIZES[size] | fields for size, fields in _DECODERS.items()},
+    "pretrain_mmcdfsl_small_rgb": _MMCDFSL_PRETRAIN,
+    "pretrain_mmcdfsl_small_flow": {**_MMCDFSL_PRETRAIN, "in_chans": 2},
+    "pretrain_mmcdfsl_small_pose": {**_MMCDFSL_PRETRAIN, "in_chans": 21, "patch_size": 4, "img_size": 56},
+}
+
+
 def list_models() -> list[str]:
-    """Every name `from_name` takes, aliases too, sorted."""
-    return sorted({*_NAMES, *_ALIASES})
+    """Every name of a MaskedViT or MaskedAutoencoder that `from_name` takes, aliases too, sorted."""
+    return sorted({*_NAMES, *_ALIASES, *_MAE_NAMES})
 
 
 def from_name(name: str, **overrides: Any) -> ViTConfig:
     """The config of a published size, any field overridden. An unknown name raises ValueError with the close ones."""
-    known = list_models()
+    known = sorted({*_NAMES, *_ALIASES})
+    if name in _MAE_NAMES:
+        raise ValueError(f"{name!r} names a MaskedAutoencoder, not a MaskedViT")
     if name not in known:
         raise ValueError(f"unknown model {name!r}{_close(str(name), known)}; the names are {', '.join(known)}")
     return ViTConfig.from_dict({**_NAMES[_ALIASES.get(name, name)], **overrides})
+
+
+def mae_from_name(name: str, **overrides: Any) -> MAEConfig:
+    """As from_name, of a published pre-training model."""
+    known = sorted(_MAE_NAMES)
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}{_close(str(name), known)}; the names are {', '.join(known)}")
+    return MAEConfig.from_dict({**_MAE_NAMES[name], **overrides})
 
 
 # Heads of the published widths whose head width is not 64.

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mmfast_kernels.attention import packed_attention
+from mmfast_kernels.attention import packed_self_attention
 from mmfast_kernels.linear import linear
-from mmfast_kernels.mlp import linear_gelu
+from mmfast_kernels.mlp_block import mlp
 from mmfast_kernels.norm import add_layer_norm, layer_norm
 
 from . import profiling
@@ -16,12 +17,13 @@ from .masks import Grid, Pack
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension through mmfast's kernel."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm of x in `dtype`, which is x's unless given; under autocast, autocast's."""
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype=dtype)
 
-    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + branch, norm of it) in one pass."""
-        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
+    def add(self, x: Tensor, branch: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(x + branch, norm of it) in one pass; the norm in `dtype` as in forward."""
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps, dtype=dtype)
 
 
 class Linear(nn.Linear):
@@ -50,22 +52,26 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(1)
-        out = packed_attention(q, k, v, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length)
+        out = packed_self_attention(qkv, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length)
         return self.proj(out.flatten(1))
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))).   gelu: "erf" (exact), "tanh" (refit, 2.5e-5 from exact), "quick" (CLIP)."""
+    """fc2(gelu(fc1(x))).   gelu: "erf" (exact), "tanh" (refit, 2.5e-5 from exact), "quick" (CLIP).
+
+    recompute: the backward computes the hidden layer again, so that only x is kept for it.
+    """
 
     def __init__(self, dim: int, hidden: int, gelu: str = "erf") -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
         self.gelu = gelu
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias, mode=self.gelu))
+        fc1, fc2 = self.fc1, self.fc2
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.gelu, recompute=self.recompute)
 
 
 class Block(nn.Module):
@@ -117,6 +123,39 @@ class Block(nn.Module):
             scale = branch.new_empty(pack.num_sequences, 1).bernoulli_(keep) / keep
             branch = branch * pack.per_token(scale)
         return branch
+
+
+def set_recompute(blocks: nn.ModuleList, enable: bool, what: str) -> bool:
+    """Have the blocks keep less for the backward. Returns whether run_block is to recompute whole blocks."""
+    if what not in ("block", "mlp"):
+        raise ValueError(f'what must be "block" or "mlp", got {what!r}')
+    for block in blocks:
+        block.mlp.recompute = enable and what == "mlp"  # type: ignore[union-attr]
+    return enable and what == "block"
+
+
+def run_block(block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
+    """block(x, branch, pack); with recompute only its inputs are kept for the backward."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, branch, pack, use_reentrant=False)
+    return block(x, branch, pack)
+
+
+class Constant(nn.Module):
+    """An fp32 constant that moves with the model but keeps its precision under model.to(dtype).
+
+    It is stored as integers, which nn.Module.to(dtype) leaves alone, and not in the state dict: VideoMAE's files have no
+    positions either.
+    """
+
+    bits: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bits", values.float().view(torch.int32), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.bits.view(torch.float32)
 
 
 def sinusoid_positions(num_tokens: int, dim: int) -> Tensor:

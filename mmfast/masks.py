@@ -119,6 +119,32 @@ def random_masks(
     return _sample_masks(batch, views, grid, mask_ratio, keep, seed, clip_ids, device, per_slot=True)
 
 
+def running_cell_masks(
+    batch: int,
+    views: int = 1,
+    grid: Grid = (8, 14, 14),
+    mask_ratio: float = 0.5,
+    *,
+    seed: int = 0,
+    clip_ids: ClipIds = None,
+    device: Device = "cpu",
+) -> Tensor:
+    """The decoder's masks of VideoMAE v2 (arXiv 2303.16727, 3.2): of every 2 x 2 cell int(4*mask_ratio) tokens are left out.
+
+    Which ones moves on around the cell with every slot, from a random start, so that all of the clip is covered evenly.
+    Arguments as in tube_masks. Returns bool [batch, views, N], True = not decoded.
+    """
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"grid must be three positive sizes (t, h, w), got {tuple(grid)}")
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio must lie in [0, 1), got {mask_ratio}")
+    start = _sample_masks(batch, views, (1, 2, 2), mask_ratio, None, seed, clip_ids, device, per_slot=False)
+    slot, row, column = (torch.arange(n, device=start.device) for n in grid)
+    around = torch.tensor([[0, 1], [3, 2]], device=start.device)[row % 2][:, column % 2]
+    place = (around - slot[:, None, None]) % 4
+    return start[:, :, place.flatten()]
+
+
 def sample_pack(
     batch: int,
     views: int,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from mmfast_kernels.patches import tube_embed
 from mmfast_kernels.pool import segment_mean_norm
@@ -16,7 +15,7 @@ from mmfast_kernels.pool import segment_mean_norm
 from . import profiling
 from .config import ViTConfig, from_name
 from .ensemble import ensemble
-from .layers import Block, LayerNorm, Linear, resize_positions, sinusoid_positions
+from .layers import Block, Constant, LayerNorm, Linear, resize_positions, run_block, set_recompute, sinusoid_positions
 from .masks import ClipIds, Grid, Pack, full_pack, join_packs, pack_masks
 
 if TYPE_CHECKING:
@@ -78,9 +77,9 @@ class MaskedViT(nn.Module):
         self.norm = LayerNorm(dim, eps=config.norm_eps) if config.final_norm else None
         self.fc_norm = LayerNorm(dim, eps=config.fc_norm_eps) if config.fc_norm else None
         self.head: nn.Module = Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
-        self._positions = _Constant(sinusoid_positions(config.num_tokens, dim))
+        self._positions = Constant(sinusoid_positions(config.num_tokens, dim))
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-        self._pixel_affine = _Constant(torch.stack((1 / (255 * std), -mean / std)))
+        self._pixel_affine = Constant(torch.stack((1 / (255 * std), -mean / std)))
         self.grad_checkpointing = False
         self.apply(_init_weights)
 
@@ -113,17 +112,17 @@ class MaskedViT(nn.Module):
 
     def encode(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Pooled features: [B, D]; [B, P, D] for a [B, P, N] mask; [S, D] for a Pack."""
-        pack, lead = self._pack(video, mask)
+        pack, lead = self.pack(video, mask)
         return self._pool(self._encode(self.embed(video, pack), pack), pack).unflatten(0, lead)
 
     def forward_features(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Tokens after the final norm, ascending ids: [B, n, D]; [B, P, n, D] for a [B, P, N] mask. Needs equal counts."""
-        pack, lead = self._pack(video, mask)
+        pack, lead = self.pack(video, mask)
         if pack.length is None:
             raise ValueError(
                 "forward_features needs views that keep equally many tokens; use forward_packed for unequal ones"
             )
-        return self._normed(self._encode(self.embed(video, pack), pack)).unflatten(0, (*lead, pack.length))
+        return self.encode_tokens(self.embed(video, pack), pack).unflatten(0, (*lead, pack.length))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens [..., n, D] of forward_features to features [..., D] (pre_logits=True) or logits [..., K]."""
@@ -131,7 +130,7 @@ class MaskedViT(nn.Module):
         flat = tokens.reshape(-1, dim)
         if self.config.pool == "first":
             pooled = tokens.reshape(-1, n, dim)[:, 0]
-            pooled = pooled if self.fc_norm is None else self.fc_norm(pooled)
+            pooled = pooled if self.fc_norm is None else self.fc_norm(pooled, pooled.dtype)
         else:
             weight, bias, eps = _norm_arguments(self.fc_norm)
             pooled = segment_mean_norm(flat, None, length=n, weight=weight, bias=bias, eps=eps)
@@ -144,7 +143,7 @@ class MaskedViT(nn.Module):
         Groups of clips of different sizes or frame counts go in as a list of videos with a list of masks: one pack of all.
         """
         if isinstance(video, Tensor):
-            pack, _ = self._pack(video, mask)  # type: ignore[arg-type]
+            pack, _ = self.pack(video, mask)  # type: ignore[arg-type]
             x = self.embed(video, pack)
         else:
             masks = [None] * len(video) if mask is None else mask
@@ -152,10 +151,10 @@ class MaskedViT(nn.Module):
                 raise ValueError(
                     f"a list of {len(video)} videos takes a list of {len(video)} masks, got {type(mask).__name__}"
                 )
-            packs = [self._pack(v, m)[0] for v, m in zip(video, masks, strict=True)]
+            packs = [self.pack(v, m)[0] for v, m in zip(video, masks, strict=True)]
             x = torch.cat([self.embed(v, p) for v, p in zip(video, packs, strict=True)])
             pack = join_packs(packs, [len(v) for v in video])
-        return PackedTokens(self._normed(self._encode(x, pack)), pack)
+        return PackedTokens(self.encode_tokens(x, pack), pack)
 
     def forward_intermediates(
         self,
@@ -170,7 +169,7 @@ class MaskedViT(nn.Module):
 
         indices: the last so many blocks, or their numbers; None takes all. norm: apply the final norm to each.
         """
-        pack, lead = self._pack(video, mask)
+        pack, lead = self.pack(video, mask)
         if pack.length is None:
             raise ValueError("forward_intermediates needs views that keep equally many tokens")
         depth = len(self.blocks)
@@ -182,7 +181,7 @@ class MaskedViT(nn.Module):
         branch: Tensor | None = None
         taken = []
         for i, block in enumerate(self.blocks):
-            x, branch = self._run_block(block, x, branch, pack)
+            x, branch = run_block(block, x, branch, pack, self.grad_checkpointing)
             if i in wanted:
                 taken.append(self._normed((x, branch)) if norm else x + branch)
         assert branch is not None
@@ -222,6 +221,10 @@ class MaskedViT(nn.Module):
     def embed_rows(self, rows: Tensor, row_of: Tensor, keep_idx: Tensor, grid: Grid) -> Tensor:
         """Embed from pixels gathered already.   rows: [U, C, tt, p, p]; row_of: int32 [T], the row of each token."""
         return self._tube_embed(rows, torch.zeros_like(row_of), row_of, keep_idx, self._positions_of(grid))
+
+    def encode_tokens(self, x: Tensor, pack: Pack) -> Tensor:
+        """Tokens [T, D] after the blocks and the final norm, of embedded tokens [T, D]."""
+        return self._normed(self._encode(x, pack))
 
     def logits(self, x: Tensor, pack: Pack) -> Tensor:
         """Logits [S, K] of embedded tokens [T, D]."""
@@ -293,12 +296,14 @@ class MaskedViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, what: str = "block") -> None:
+        """Keep less for the backward and compute it again there.   what: whole blocks, or the hidden layers of the "mlp" only."""
+        self.grad_checkpointing = set_recompute(self.blocks, enable, what)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _pack(self, video: Tensor, mask: Mask) -> tuple[Pack, tuple[int, ...]]:
+    def pack(self, video: Tensor, mask: Mask) -> tuple[Pack, tuple[int, ...]]:
+        """The pack of a mask of any kind, and the leading shape of what is computed from it."""
         grid = self.check_video(video)
         batch, tokens = video.shape[0], grid[0] * grid[1] * grid[2]
         if mask is None:
@@ -326,24 +331,20 @@ class MaskedViT(nn.Module):
         branch = None
         for i, block in enumerate(self.blocks):
             with profiling.range(f"block{i}"):
-                x, branch = self._run_block(block, x, branch, pack)
+                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing)
         assert branch is not None
         return x, branch
 
-    def _run_block(self, block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, branch, pack, use_reentrant=False)
-        return block(x, branch, pack)
-
     def _normed(self, stream: tuple[Tensor, Tensor]) -> Tensor:
-        return stream[0] + stream[1] if self.norm is None else self.norm.add(*stream)[1]
+        # Features keep the stream's dtype under autocast, as plain torch's do.
+        return stream[0] + stream[1] if self.norm is None else self.norm.add(*stream, stream[0].dtype)[1]
 
     def _pool(self, stream: tuple[Tensor, Tensor], pack: Pack) -> Tensor:
         with profiling.range("pool"):
             if self.config.pool == "first":
                 starts = pack.cu_seqlens[:-1]
                 first = self._normed((stream[0].index_select(0, starts), stream[1].index_select(0, starts)))
-                return first if self.fc_norm is None else self.fc_norm(first)
+                return first if self.fc_norm is None else self.fc_norm(first, first.dtype)
             weight, bias, eps = _norm_arguments(self.fc_norm)
             token_weight, token_bias, token_eps = _norm_arguments(self.norm)
             return segment_mean_norm(
@@ -366,31 +367,14 @@ class MaskedViT(nn.Module):
         return self.patch_embed.proj.weight.device
 
 
-class _Constant(nn.Module):
-    """An fp32 constant that moves with the model but keeps its precision under model.to(dtype).
-
-    It is stored as integers, which nn.Module.to(dtype) leaves alone, and not in the state dict: VideoMAE's files have no
-    positions either.
-    """
-
-    bits: Tensor
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("bits", values.float().view(torch.int32), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.bits.view(torch.float32)
-
-
-def check_mask(mask: Tensor, batch: int, tokens: int, grid: Grid) -> None:
+def check_mask(mask: Tensor, batch: int, tokens: int, grid: Grid, name: str = "mask") -> None:
     """Raise unless mask is bool [batch, tokens] or [batch, P, tokens]."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (True = removed) or a Pack, got {got}")
+        raise TypeError(f"{name} must be a bool tensor (True = removed) or a Pack, got {got}")
     if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != tokens:
         raise ValueError(
-            f"mask must be [{batch}, {tokens}] or [{batch}, P, {tokens}] for a {grid[0]} x {grid[1]} x {grid[2]} grid, "
+            f"{name} must be [{batch}, {tokens}] or [{batch}, P, {tokens}] for a {grid[0]} x {grid[1]} x {grid[2]} grid, "
             f"got {tuple(mask.shape)}"
         )
 

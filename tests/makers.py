@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mmfast.config import ViTConfig
+from mmfast.config import MAEConfig, ViTConfig
 from mmfast.vit import MaskedViT
 
 State = dict[str, Tensor]
@@ -31,20 +31,40 @@ def prefixed(state: State, prefix: str) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-def decoder(config: ViTConfig, width: int = 32, seed: int = 1) -> State:
-    """The names beside `encoder.` in a pre-training model of MCG-NJU."""
-    small = tiny_config(embed_dim=width, depth=1, num_classes=7, fc_norm=False, final_norm=True)
-    inner = canonical(small, seed)
-    state = {f"decoder.{name}": t for name, t in inner.items() if not name.startswith("patch_embed.")}
-    return state | {
-        "mask_token": torch.zeros(1, 1, width),
-        "encoder_to_decoder.weight": torch.zeros(width, config.embed_dim),
-    }
+def tiny_mae_config(**overrides: Any) -> MAEConfig:
+    """tiny_config with a decoder of three blocks of width 128, and without classes."""
+    tiny = dict(img_size=32, embed_dim=64, depth=2, num_heads=2, num_frames=4)
+    inner = dict(decoder_embed_dim=128, decoder_depth=3, decoder_num_heads=2)
+    return MAEConfig.from_dict({**tiny, **inner, **overrides})
+
+
+def decoder(config: ViTConfig, seed: int = 1) -> State:
+    """The names beside `encoder.` in a pre-training model of MCG-NJU; of a ViTConfig, with a decoder of 32 channels."""
+    draw = torch.Generator().manual_seed(seed)
+    inner = config.decoder if isinstance(config, MAEConfig) else tiny_config(embed_dim=32, depth=1, num_classes=0)
+    width, pixels = inner.embed_dim, config.in_chans * config.tubelet_size * config.patch_size**2
+    blocks = {name: t for name, t in canonical(inner, seed).items() if name.startswith("blocks.")}
+    shapes = {"norm.weight": (width,), "norm.bias": (width,), "head.weight": (pixels, width), "head.bias": (pixels,)}
+    rest = {f"decoder.{name}": shape for name, shape in shapes.items()}
+    rest |= {"mask_token": (1, 1, width), "encoder_to_decoder.weight": (width, config.embed_dim)}
+    return prefixed(blocks, "decoder.") | {n: torch.randn(shape, generator=draw) * 0.1 for n, shape in rest.items()}
 
 
 def videomae_pretrain(config: ViTConfig, seed: int = 0) -> State:
-    """An encoder with its norm, no head."""
-    return prefixed(canonical(config, seed), "encoder.") | decoder(config)
+    """An encoder with its norm, no head; a MAEConfig's own decoder and, as MaskedAutoencoder has it, its class branch."""
+    if not isinstance(config, MAEConfig):
+        return prefixed(canonical(config, seed), "encoder.") | decoder(config)
+    state = prefixed(canonical(config.encoder, seed), "encoder.") | decoder(config)
+    draw = torch.Generator().manual_seed(seed + 7)
+    branch = dict.fromkeys(("fc_norm.weight", "fc_norm.bias"), (config.embed_dim,)) if config.fc_norm else {}
+    branch |= {"head.weight": (config.num_classes, config.embed_dim), "head.bias": (config.num_classes,)}
+    return state | {n: torch.randn(s, generator=draw) * 0.1 for n, s in branch.items() if config.num_classes}
+
+
+def mmcdfsl_pretrain(config: MAEConfig, prefix: str = "_forward_module.model.") -> State:
+    """Stage 1 as MM-CDFSL saves it: the head is head_action."""
+    state = videomae_pretrain(config)
+    return {prefix + (n.replace("head.", "head_action.") if n.startswith("head.") else n): t for n, t in state.items()}
 
 
 def mmcdfsl_classifier(state: State, heads: dict[str, int]) -> State:
@@ -112,6 +132,17 @@ def hf_videomae(state: State, biases: str = "4.57", root: str = "videomae.") -> 
     return out
 
 
+def hf_pretrain(state: State, biases: str = "4.57") -> State:
+    """A pre-training state of MCG-NJU in the names of VideoMAEForPreTraining."""
+    encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    blocks = {name.removeprefix("decoder."): t for name, t in state.items() if name.startswith("decoder.blocks.")}
+    inner = {
+        n.replace("encoder.layer", "decoder.decoder_layers"): t for n, t in hf_videomae(blocks, biases, "").items()
+    }
+    rest = {n: t for n, t in state.items() if not n.startswith(("encoder.", "decoder.blocks."))}
+    return hf_videomae(encoder, biases) | inner | rest
+
+
 def hf_config(config: ViTConfig, **changes: Any) -> dict[str, Any]:
     """config.json as transformers writes it for this geometry."""
     return {
@@ -129,7 +160,19 @@ def hf_config(config: ViTConfig, **changes: Any) -> dict[str, Any]:
         "layer_norm_eps": 1e-12,
         "qkv_bias": True,
         "use_mean_pooling": True,
+        **(_hf_decoder(config) if isinstance(config, MAEConfig) else {}),
         **changes,
+    }
+
+
+def _hf_decoder(config: MAEConfig) -> dict[str, Any]:
+    return {
+        "use_mean_pooling": False,
+        "decoder_hidden_size": config.decoder_embed_dim,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_num_heads,
+        "decoder_intermediate_size": config.decoder.mlp_dim,
+        "norm_pix_loss": True,
     }
 
 

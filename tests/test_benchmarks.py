@@ -8,15 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mmfast import MaskedViT
+from mmfast import MaskedViT, config, mae
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ensemble_masked
 import harness
 import ladder
+import loss_curve
 import ops
 import report
 import run_all
+import train_report
+import train_step
+import train_variants
 import variants
 
 CPU = torch.device("cpu")
@@ -220,3 +224,138 @@ def test_a_section_that_dies_is_recorded_and_the_rest_runs(tmp_path, monkeypatch
 def test_a_section_past_its_time_is_ended_with_its_children():
     with pytest.raises(run_all.subprocess.TimeoutExpired):
         run_all.child([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+BLOCKS = dict(embed_dim=64, depth=2, num_heads=1)
+DECODER = dict(decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=1)
+
+
+@pytest.fixture
+def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models "tiny" and, for distillation, "tiny_rgb", "tiny_flow" and "tiny_pose", over 8 tokens."""
+    frames = dict(img_size=32, num_frames=4)
+    classifier = {**BLOCKS, **frames, "final_norm": True, "norm_eps": 1e-5}
+    monkeypatch.setitem(config._MAE_NAMES, "tiny", {**BLOCKS, **frames, **DECODER})
+    monkeypatch.setitem(config._NAMES, "tiny_rgb", classifier)
+    monkeypatch.setitem(config._NAMES, "tiny_flow", {**classifier, "in_chans": 2})
+    monkeypatch.setitem(config._NAMES, "tiny_pose", {**classifier, "in_chans": 21, "img_size": 8, "patch_size": 4})
+
+
+def training_work(
+    mode: str, *more: str, autocast: torch.dtype | None = None, device: torch.device = CPU
+) -> train_step.Work:
+    arguments = ["--mode", mode, "--model", "tiny", "--mask-ratio", "0.5", "--batch", "2", "--device", str(device)]
+    return train_step.prepare(train_step.parse([*arguments, *more]), train_variants.Setup(device, autocast))
+
+
+@pytest.mark.parametrize("pixels", ["--uint8", "--seed=1"], ids=["uint8", "float"])
+@pytest.mark.parametrize("mode", ["pretrain", "distill"])
+def test_every_training_step_is_the_published_one(mode, pixels, tiny_names):
+    work = training_work(mode, pixels, "--peers", "published", "transformers", "eager")
+    gate = train_variants.check(work.variants, work.published)
+    assert gate.red == []
+    assert gate.crashed == {}
+    assert {"published", "eager", "mmfast", "mmfast, lean mlp", "mmfast, lean blocks"} <= set(gate.errors)
+    norms = [outcome.norm for name, outcome in gate.outcomes.items() if name != "transformers"]
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
+
+
+def test_training_steps_under_autocast_are_within_the_published_error(tiny_names):
+    work = training_work("pretrain", "--peers", "published", "eager", autocast=torch.bfloat16)
+    gate = train_variants.check(work.variants, work.published)
+    assert gate.red == []
+    assert gate.allowed.gradient > train_variants.FP32_BAR
+    assert gate.errors["mmfast"].gradient > train_variants.FP32_BAR  # autocast was on
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["pretrain", "distill"])
+def test_training_steps_on_a_gpu_are_the_published_ones(mode, autocast, tiny_names, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    work = training_work(mode, "--peers", "published", "eager", autocast=autocast, device=torch.device("cuda"))
+    gate = train_variants.check(work.variants, work.published)
+    assert gate.red == [], train_report.red_lines(gate)
+    rows = train_report.rows_of(work.variants, gate, work.clips, 2, 1.0)
+    assert [row.name for row in rows][-3:] == ["mmfast", "mmfast, lean mlp", "mmfast, lean blocks"]
+
+
+def test_other_weights_turn_the_training_gate_red(tiny_names):
+    work = training_work("pretrain", "--peers", "published", "--no-recompute")
+    work.variants[-1].module.model.decoder.blocks[0].mlp.fc2.weight.data[0, 0] += 0.1
+    assert train_variants.check(work.variants, work.published).red == ["mmfast"]
+
+
+def test_a_right_loss_with_wrong_gradients_is_red(tiny_names):
+    work = training_work("pretrain", "--peers", "published", "--no-recompute")
+    work.variants[-1].probes[0].register_hook(lambda gradient: gradient * 1.01)
+    assert train_variants.check(work.variants, work.published).red == ["mmfast"]
+
+
+def test_a_nan_turns_the_training_gate_red(tiny_names):
+    work = training_work("distill", "--peers", "published", "--no-recompute")
+    work.variants[-1].probes[-1].register_hook(lambda gradient: gradient * float("nan"))
+    assert train_variants.check(work.variants, work.published).red == ["mmfast"]
+
+
+def test_a_step_trains_and_its_memory_is_counted(tiny_names):
+    work = training_work("pretrain", "--peers", "published", "--no-recompute")
+    before = float(work.variants[-1].backward())
+    gate = train_variants.check(work.variants, work.published)
+    row = train_report.rows_of(work.variants, gate, work.clips, 2, 1.0)[-1]
+    assert float(work.variants[-1].backward()) < before
+    weights = sum(p.nbytes for p in work.variants[-1].module.parameters())
+    assert row.weights_bytes == weights
+    assert row.optimiser_bytes >= 2 * weights
+    assert row.step_bytes >= weights  # the gradients at least
+    assert row.peak_bytes == row.weights_bytes + row.optimiser_bytes + row.step_bytes
+
+
+def test_one_training_run_writes_table_json_and_figure(tiny_names, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out, figure = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--model", "tiny", "--mask-ratio", "0.5", "--batch", "2", "--device", "cpu", "--rounds", "2"]
+    arguments += ["--peers", "published", "--json", str(out), "--plot", str(figure)]
+    assert train_step.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 source and 2 target clips, 4 of 8 tokens" in printed
+    saved = json.loads(out.read_text())
+    assert [row["name"] for row in saved["rows"]] == ["published", "mmfast", "mmfast, lean mlp", "mmfast, lean blocks"]
+    assert saved["rows"][0]["speedup_published"] == 1.0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_red_training_gate_ends_with_three_and_no_number(tiny_names, capsys, monkeypatch):
+    right = mae.MaskedAutoencoder.patch_loss
+    monkeypatch.setattr(mae.MaskedAutoencoder, "patch_loss", lambda *args: 1.001 * right(*args))
+    arguments = ["--model", "tiny", "--mask-ratio", "0.5", "--batch", "2", "--device", "cpu", "--peers", "published"]
+    assert train_step.main(arguments) == 3
+    captured = capsys.readouterr()
+    assert "mmfast: relative error of the loss" in captured.err
+    assert captured.out == ""
+
+
+def test_an_unknown_training_model_is_one_line(capsys):
+    assert train_step.main(["--model", "tinny", "--device", "cpu"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_loss_curves_start_alike_and_are_compared(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(config._MAE_NAMES, "tiny", {**BLOCKS, **DECODER})
+    out, figure = tmp_path / "out.json", tmp_path / "out.png"
+    arguments = ["--model", "tiny", "--steps", "3", "--size", "32", "--frames", "4", "--clips", "4", "--batch", "2"]
+    arguments += ["--mask-ratio", "0.5", "--device", "cpu", "--json", str(out), "--plot", str(figure)]
+    assert loss_curve.main(arguments) == 0
+    assert "mmfast, fp32 - plain torch, fp32" in capsys.readouterr().out
+    saved = json.loads(out.read_text())
+    curves = saved["curves"]
+    assert curves["mmfast, fp32"] == pytest.approx(curves["plain torch, fp32"], rel=1e-4)
+    assert curves["mmfast, bf16 autocast"] == pytest.approx(curves["plain torch, fp32"], rel=1e-2)
+    assert curves["mmfast, bf16 autocast"] != curves["mmfast, fp32"]
+    assert saved["differences"][0]["max"] == max(
+        abs(a - b) for a, b in zip(curves["mmfast, fp32"], curves["plain torch, fp32"], strict=True)
+    )
+    assert figure.read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfast.config import ViTConfig, from_name, list_models, usual_num_heads
+from mmfast.config import MAEConfig, ViTConfig, from_name, list_models, mae_from_name, usual_num_heads
 
 
 def test_grid_and_tokens_of_the_default() -> None:
@@ -143,9 +143,97 @@ def test_unknown_name_lists_the_close_ones() -> None:
 
 def test_every_listed_name_builds() -> None:
     for name in list_models():
-        from_name(name)
+        (mae_from_name if name.startswith("pretrain_") else from_name)(name)
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(384, 6), (1280, 16), (1408, 16), (512, 8), (100, None)])
 def test_usual_heads(dim: int, heads: int | None) -> None:
     assert usual_num_heads(dim) == heads
+
+
+# -- MAEConfig ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_encoder_of_an_autoencoder_has_its_norm_and_no_classes() -> None:
+    config = MAEConfig(num_classes=204, head_drop_rate=0.5, in_chans=2, drop_path_rate=0.1)
+    assert config.encoder == ViTConfig(
+        final_norm=True, fc_norm=False, head_drop_rate=0.5, in_chans=2, drop_path_rate=0.1
+    )
+
+
+def test_the_decoder_has_its_own_width_over_the_same_tokens() -> None:
+    config = MAEConfig(decoder_embed_dim=192, decoder_depth=2, decoder_num_heads=3, decoder_mlp_ratio=2.5, gelu="tanh",
+                       drop_path_rate=0.1)  # fmt: skip
+    inner = config.decoder
+    assert (inner.embed_dim, inner.depth, inner.num_heads, inner.mlp_dim) == (192, 2, 3, 480)
+    assert (inner.grid, inner.gelu, inner.drop_path_rate) == (config.grid, "tanh", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"), [({}, 1536), ({"in_chans": 2}, 1024), ({"in_chans": 21, "patch_size": 4}, 672)]
+)
+def test_values_predicted_for_a_token(fields: dict[str, Any], values: int) -> None:
+    assert MAEConfig(**fields).patch_dim == values
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("decoder_embed_dim", 0),
+        ("decoder_depth", 0),
+        ("decoder_num_heads", 0),
+        ("decoder_num_heads", 7),
+        ("final_norm", False),
+        ("num_classes", -1),
+    ],
+)
+def test_bad_value_of_an_autoencoder_names_its_field(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{field} "):
+        MAEConfig.from_dict({field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("decoder_depth", 4.0), ("decoder_embed_dim", True), ("normalize_target", 1), ("decoder_num_heads", "6")],
+)
+def test_wrong_type_of_an_autoencoder_names_its_field(field: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{field} "):
+        MAEConfig.from_dict({field: value})
+
+
+def test_json_round_trip_of_an_autoencoder() -> None:
+    config = MAEConfig(num_classes=5, decoder_depth=2, normalize_target=False, mean=(0.1, 0.2, 0.3))
+    again = MAEConfig.from_json(config.to_json())
+    assert (again, type(again)) == (config, MAEConfig)
+
+
+def test_a_vit_config_knows_no_decoder() -> None:
+    with pytest.raises(ValueError, match="unknown config field 'decoder_embed_dim'"):
+        ViTConfig.from_dict(MAEConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "inner"),
+    [
+        ("pretrain_videomae_small_patch16_224", (384, 12, 6), (192, 4, 3)),
+        ("pretrain_videomae_base_patch16_224", (768, 12, 12), (384, 4, 6)),
+        ("pretrain_videomae_large_patch16_224", (1024, 24, 16), (512, 4, 8)),
+        ("pretrain_videomae_huge_patch16_224", (1280, 32, 16), (640, 4, 8)),
+    ],
+)
+def test_published_pre_training_sizes(name: str, encoder: tuple[int, ...], inner: tuple[int, ...]) -> None:
+    config = mae_from_name(name)
+    assert [(c.embed_dim, c.depth, c.num_heads) for c in (config.encoder, config.decoder)] == [encoder, inner]
+
+
+def test_every_modality_of_mmcdfsl_pre_training_has_the_same_grid() -> None:
+    configs = [mae_from_name(f"pretrain_mmcdfsl_small_{m}", num_classes=204) for m in ("rgb", "flow", "pose")]
+    assert {c.grid for c in configs} == {(8, 14, 14)}
+    assert [c.patch_dim for c in configs] == [1536, 1024, 672]
+
+
+def test_a_name_of_the_other_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="names a MaskedAutoencoder, not a MaskedViT"):
+        from_name("pretrain_videomae_small_patch16_224")
+    with pytest.raises(ValueError, match="did you mean pretrain_videomae_small_patch16_224"):
+        mae_from_name("videomae_small_patch16_224")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfast import pack_masks, random_masks, sample_pack, tube_masks
+from mmfast import pack_masks, random_masks, running_cell_masks, sample_pack, tube_masks
 from mmfast.masks import join_packs, kept_per_slot
 
 GRID = (8, 14, 14)
@@ -113,3 +113,24 @@ def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
 def test_kept_ids_pass_opcheck() -> None:
     mask = tube_masks(2, 2, (2, 3, 3), 0.5)
     torch.library.opcheck(torch.ops.mmfast.kept_ids.default, (mask,))
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.0, 4), (0.25, 3), (0.5, 2), (0.75, 1)])
+def test_running_cells_cover_every_place_evenly(ratio: float, left: int) -> None:
+    decoded = ~running_cell_masks(5, 2, (4, 6, 8), ratio, seed=3).view(5, 2, 4, 6, 8)
+    cells = decoded.unfold(3, 2, 2).unfold(4, 2, 2).sum((-1, -2))
+    assert bool((cells == left).all()), "tokens decoded in each 2 x 2 cell of each slot"
+    assert bool((decoded.sum(2) == left).all()), "slots of four in which each place is decoded"
+
+
+def test_running_cells_start_where_the_clip_says() -> None:
+    masks = running_cell_masks(64, 1, (2, 4, 4), 0.5, seed=1)
+    torch.testing.assert_close(running_cell_masks(2, 1, (2, 4, 4), 0.5, seed=1, clip_ids=[63, 7]), masks[[63, 7]])
+    assert len({tuple(m.flatten().tolist()) for m in masks}) > 3
+
+
+def test_running_cells_refuse_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"mask_ratio must lie in \[0, 1\), got 1"):
+        running_cell_masks(1, mask_ratio=1)
+    with pytest.raises(ValueError, match="grid must be three positive sizes"):
+        running_cell_masks(1, grid=(2, 0, 2))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from numerics import relative_error
+from plain import autoencoder, patch_targets
 from plain import logits as plain_logits
 
-from mmfast import MaskedViT, ViTConfig, tube_masks
+from mmfast import MAEConfig, MaskedAutoencoder, MaskedViT, ViTConfig, tube_masks
+from mmfast.pretrain import MaskedPretraining
 
 pytestmark = pytest.mark.interpret
 
@@ -53,3 +55,26 @@ def test_half_precision_errs_at_most_twice_as_much_as_plain_torch(poisoned_empty
         plain = plain_logits(model.config, {k: v.half() for k, v in state.items()}, video.half())
         got = model.half()(video.half())
     assert relative_error(got, truth) <= 2 * relative_error(plain, truth)
+
+
+def test_a_training_step_has_the_gradients_of_the_published_model(poisoned_empty) -> None:
+    torch.manual_seed(0)
+    decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=1)
+    config = MAEConfig(
+        img_size=32, num_frames=4, embed_dim=64, depth=2, num_heads=2, num_classes=5, mlp_ratio=2.0, **decoder
+    )
+    model = MaskedAutoencoder(config)
+    raw = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (config.mean, config.std))
+    video, mask = (raw / 255 - mean) / std, tube_masks(2, 1, config.grid, 0.5, seed=1)[:, 0]
+    labels = torch.tensor([1, 3])
+    got = torch.autograd.grad(
+        MaskedPretraining(model, 0.0, 1.0)(raw, None, mask, labels)["total"], list(model.parameters())
+    )
+
+    state = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    pred, logits = autoencoder(config, state, video.double(), mask)
+    targets = patch_targets(config, video.double(), mask, True)
+    loss = (pred - targets).square().mean() + torch.nn.functional.cross_entropy(logits, labels)
+    for name, mine, truth in zip(state, got, torch.autograd.grad(loss, list(state.values())), strict=True):
+        assert relative_error(mine, truth) <= 2e-5, name

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ViTConfig
+from ..config import MAEConfig, ViTConfig
 from .container import Source, StateDict, read
+from .fit import fit
+from .geometry import read_config
 from .hf_videomae import HF_VIDEOMAE
-from .layout import Dialect, fit, read_config, set_qkv_bias
+from .layout import Dialect, Draft, model_name, set_qkv_bias
 from .mmcdfsl import MMCDFSL
-from .native import NATIVE
+from .native import MODELS, NATIVE
+from .parts import drop_positions, refuse_cosine_attention, take_autoencoder, take_encoder
 from .videomae import FINETUNE, PRETRAIN
 
 # The first that takes a file has it: mmcdfsl is a videomae model with more.
@@ -23,7 +26,10 @@ DIALECTS: list[Dialect] = [NATIVE, MMCDFSL, HF_VIDEOMAE, PRETRAIN, FINETUNE]
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint as MaskedViT takes it. `state` shares no memory with the file or the state dict it came from."""
+    """A checkpoint as the model of its config takes it: a MaskedViT, or a MaskedAutoencoder for a MAEConfig.
+
+    `state` shares no memory with the file or the state dict it came from.
+    """
 
     config: ViTConfig
     state: dict[str, Tensor]
@@ -36,6 +42,7 @@ class Converted:
 def convert(
     source: str | os.PathLike[str] | StateDict | Source,
     *,
+    model: str | None = "MaskedViT",
     trust: bool = False,
     branch: str | None = None,
     head: str | None = None,
@@ -43,14 +50,18 @@ def convert(
 ) -> Converted:
     """Read a checkpoint of any dialect. The dialect is found from the names of its tensors.
 
+    model: "MaskedViT", "MaskedAutoencoder", or None for the one the file holds: with a decoder, the latter.
     trust: run the code a pickle asks for.
     branch, head: of MM-CDFSL, such as "student_rgb" or "teacher_flow"; "action", "verb" or "noun".
-    overrides: fields of ViTConfig, None as if not given. One that changes the head, the patch embedding, a norm, the
-    biases or the depth drops the file's tensors or leaves the model's to be initialised, and the result says so.
+    overrides: fields of ViTConfig or MAEConfig, None as if not given. One that changes the head, the patch embedding, a
+    norm, the biases, the depth or the decoder's width drops the file's tensors or leaves the model's to be initialised,
+    and the result says so. So does a MaskedAutoencoder from a file without a decoder.
 
     Raises ValueError for a file that cannot be read, is of no known dialect, lacks a tensor, holds one that would
     change what the model computes, or holds NaN or infinity.
     """
+    if model is not None and model not in MODELS:
+        raise ValueError(f"model must be {' or '.join(MODELS)} or None, got {model!r}")
     loaded = source if isinstance(source, Source) else read(source, trust=trust)
     dialect = _recognise(loaded)
     if not dialect.choices and (branch is not None or head is not None):
@@ -59,18 +70,25 @@ def convert(
         loaded.notes.append("config.json is of another project and was not read")
     asked = {name: value for name, value in overrides.items() if value is not None}
     draft = dialect.convert(loaded, branch, head)
-    config = read_config(draft, asked, loaded.where)
+    kind = MODELS[model or ("MaskedAutoencoder" if draft.has_decoder else "MaskedViT")]
+    (take_autoencoder if kind is MAEConfig else take_encoder)(draft)
+    refuse_cosine_attention(draft, loaded.where)
+    drop_positions(draft, loaded.where)
+    config = read_config(draft, kind, asked, loaded.where)
     _check_values(draft.state, loaded.where)
     _warn_of_lost_biases(draft.state, draft.notes, loaded.where, warn=dialect is not NATIVE)
     set_qkv_bias(draft.state, config.qkv_bias)
     if config.qkv_bias != "full":
-        draft.dropped += draft.key_biases
-    initialised, dropped = fit(draft, config, set(asked), loaded.where)
+        _leave_out_key_biases(draft)
+    initialised = [model_name(name, config) for name in fit(draft, config, set(asked), loaded.where)]
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in draft.state.values()} - {"float32"})
     if dtypes:
         draft.notes.append(f"stored as {' and '.join(dtypes)}")
-    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in draft.state.items()}
-    written = loaded.written_as(draft.dropped + dropped)
+    state = {
+        model_name(name, config): tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in draft.state.items()
+    }
+    written = loaded.written_as(draft.dropped)
     return Converted(config, state, initialised, written, loaded.notes + draft.notes, dialect.name)
 
 
@@ -99,18 +117,32 @@ def _check_values(state: dict[str, Tensor], where: str) -> None:
         raise ValueError(f"{where}: {len(bad)} of {len(state)} tensors hold NaN or infinity: {shown}")
 
 
+def _leave_out_key_biases(draft: Draft) -> None:
+    lost = [name for name in draft.key_biases if name not in draft.dropped]
+    if lost:
+        draft.dropped += lost
+        draft.notes.append(f"{len(lost)} key biases left out, exactly: softmax ignores them")
+
+
 def _warn_of_lost_biases(state: dict[str, Tensor], notes: list[str], where: str, warn: bool) -> None:
-    biases = [t for name, t in state.items() if name.endswith((".attn.q_bias", ".attn.v_bias"))]
-    for name, tensor in state.items():
-        if name.endswith(".attn.qkv.bias"):
-            biases += tensor.chunk(3)[::2]
-    if not biases:
-        notes.append('no query and value biases in the file: qkv_bias "none"')
-    elif not any(bool(bias.any()) for bias in biases):
-        message = (
-            "every query and value bias is 0. Some versions of transformers 5 load VideoMAE's as zeros: "
-            "if this file was saved by one, convert the original file instead"
-        )
-        notes.append(message)
-        if warn:
-            warnings.warn(f"{where}: {message}", stacklevel=3)
+    for stack in ("", "decoder."):
+        weights = [name for name in state if name.startswith(f"{stack}blocks.") and name.endswith(".attn.qkv.weight")]
+        if not weights:
+            continue
+        biases = [state[b] for w in weights for b in _query_and_value(w) if b in state]
+        biases += [part for w in weights if (b := f"{w[:-6]}bias") in state for part in state[b].chunk(3)[::2]]
+        of = f" of the {stack.rstrip('.')}" if stack else ""
+        if not biases:
+            notes.append(f'no query and value biases in the file{of}: qkv_bias "none"')
+        elif not any(bool(bias.any()) for bias in biases):
+            message = (
+                f"every query and value bias{of} is 0. Some versions of transformers 5 load VideoMAE's as zeros: "
+                "if this file was saved by one, convert the original file instead"
+            )
+            notes.append(message)
+            if warn:
+                warnings.warn(f"{where}: {message}", stacklevel=3)
+
+
+def _query_and_value(weight: str) -> tuple[str, str]:
+    return weight.replace("qkv.weight", "q_bias"), weight.replace("qkv.weight", "v_bias")

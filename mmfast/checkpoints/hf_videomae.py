@@ -2,6 +2,7 @@
 
 Three dialects differ in the biases: q_bias and v_bias (transformers 4 and the files on the Hub), query, key and value
 biases (5.17), query and value biases (5.23). Each has a matrix for queries, keys and values, packed here in that order.
+The decoder's layers are named as the encoder's are; its norm has nn.LayerNorm's own eps, whatever config.json says.
 """
 
 import re
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 from .container import Source
-from .layout import Dialect, Draft
-from .videomae import draft_of
+from .layout import DECODER, Dialect, Draft, draft_of
 
 _PATCH = "embeddings.patch_embeddings.projection.weight"
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)")
+_STACKS = {"encoder.layer": "blocks", "decoder.decoder_layers": "decoder.blocks"}
 _ATTENTION = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)|attention\.attention\.([qv])_bias")
 # Longest first: "attention.output.dense." ends in the name of another.
 RENAMES_IN_LAYER = {
@@ -27,7 +28,7 @@ RENAMES_IN_LAYER = {
 ACTIVATIONS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "quick_gelu": "quick"}
 # Without a config.json: what transformers' VideoMAEConfig has.
 DEFAULT_EPS = 1e-12
-FC_NORM_EPS = 1e-5  # not in its config: nn.LayerNorm's own
+FC_NORM_EPS = DECODER_NORM_EPS = 1e-5  # not in its config: nn.LayerNorm's own
 
 
 def _why_not(source: Source) -> str | None:
@@ -51,16 +52,16 @@ def _convert(source: Source, branch: str | None, head: str | None) -> Draft:
     for name in source.tensors:
         short = name.removeprefix("videomae.")
         if layer := _LAYER.fullmatch(short):
-            block, rest = layer.groups()
+            stack, n, rest = layer.groups()
+            block = f"{_STACKS[stack]}.{n}"
             if match := _ATTENTION.fullmatch(rest):
                 kind, which = (match[2], match[1][0]) if match[1] else ("bias", match[3])
                 if packed.setdefault((block, kind), {}).setdefault(which, name) != name:
                     raise ValueError(f"{source.where}: {packed[block, kind][which]} and {name} are the same bias")
                 continue
-            old = next((old for old in RENAMES_IN_LAYER if rest.startswith(old)), None)
-            if old is None:
-                raise ValueError(f"{source.where}: holds {name}, which MaskedViT has no place for")
-            names[name] = f"blocks.{block}.{rest.replace(old, RENAMES_IN_LAYER[old], 1)}"
+            # An unknown one keeps its name, and the model that has no place for it refuses it.
+            old = next((old for old in RENAMES_IN_LAYER if rest.startswith(old)), rest)
+            names[name] = f"{block}.{rest.replace(old, RENAMES_IN_LAYER.get(old, old), 1)}"
         elif short.startswith("embeddings.patch_embeddings.projection."):
             names[name] = short.replace("embeddings.patch_embeddings.projection.", "patch_embed.proj.")
         elif short == "embeddings.position_embeddings":
@@ -69,16 +70,22 @@ def _convert(source: Source, branch: str | None, head: str | None) -> Draft:
             names[name] = short.replace("layernorm.", "norm.")
         elif name.startswith(("fc_norm.", "classifier.")):
             names[name] = name.replace("classifier.", "head.")
+        elif name.startswith(DECODER):
+            names[name] = name
+        elif name == "position_embeddings":
+            names[name] = "decoder.pos_embed"
         else:
             dropped.append(name)
     draft = draft_of(source, names)
     draft.dropped += dropped
     for (block, kind), parts in packed.items():
-        _pack(draft, source, f"blocks.{block}.attn", kind, parts)
+        _pack(draft, source, f"{block}.attn", kind, parts)
     if draft.key_biases:
         draft.fields["qkv_bias"] = "qv"
-        draft.notes.append(f"{len(draft.key_biases)} key biases left out, exactly: softmax ignores them")
     draft.fields |= _fields_of(source.config, source.where)
+    if draft.has_decoder:
+        draft.mae_fields |= _decoder_fields_of(source.config)
+        draft.mae_fields["decoder_norm_eps"] = DECODER_NORM_EPS
     if source.config is None:
         draft.notes.append(f"no config.json: norm_eps {DEFAULT_EPS:g}, as transformers has it by default")
     if "head.weight" in draft.state and "fc_norm.weight" not in draft.state:
@@ -95,13 +102,12 @@ def _pack(draft: Draft, source: Source, attn: str, kind: str, parts: dict[str, s
             shapes = {parts[which]: tuple(t.shape) for which, t in tensors.items()}
             raise ValueError(f"{source.where}: query, key and value must be there and alike, got {shapes}")
         draft.state[f"{attn}.qkv.{kind}"] = torch.cat([tensors[which] for which in "qkv"])
-        draft.origin[f"{attn}.qkv.{kind}"] = ", ".join(parts[which] for which in "qkv")
+        draft.origin[f"{attn}.qkv.{kind}"] = tuple(parts[which] for which in "qkv")
     else:
-        for which in set(parts) & {"q", "v"}:
-            draft.state[f"{attn}.{which}_bias"] = tensors[which]
-            draft.origin[f"{attn}.{which}_bias"] = parts[which]
-    if kind == "bias" and "k" in parts:
-        draft.key_biases.append(parts["k"])
+        draft.state |= {f"{attn}.{which}_bias": tensors[which] for which in set(parts) & {"q", "v"}}
+    if kind == "bias":
+        draft.origin |= {f"{attn}.{which}_bias": (parts[which],) for which in set(parts) & {"q", "v"}}
+        draft.key_biases += [parts["k"]] if "k" in parts else []
 
 
 def _fields_of(config: dict[str, Any] | None, where: str) -> dict[str, Any]:
@@ -118,6 +124,15 @@ def _fields_of(config: dict[str, Any] | None, where: str) -> dict[str, Any]:
         "num_frames": config.get("num_frames", 16),
         "img_size": tuple(size) if isinstance(size, list) else size,
         "gelu": ACTIVATIONS[activation],
+    }
+
+
+def _decoder_fields_of(config: dict[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    return {
+        "decoder_num_heads": config.get("decoder_num_attention_heads", 6),
+        "normalize_target": config.get("norm_pix_loss", True),
     }
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from ..config import ViTConfig
+from ..config import MAEConfig, ViTConfig
 from .container import StateDict
-from .dialects import convert
+from .dialects import Converted, convert
 
 if TYPE_CHECKING:
+    from ..mae import MaskedAutoencoder
     from ..vit import MaskedViT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,22 +43,11 @@ class LoadReport:
 def load_into(
     build: Callable[[ViTConfig], Model], source: str | os.PathLike[str] | StateDict, **options: Any
 ) -> tuple[Model, LoadReport]:
-    """Build a model with MaskedViT's layout from a checkpoint's config and give it the weights.
+    """Build a model with MaskedViT's layout, or another by `model`, from a checkpoint's config and give it the weights.
 
     options: as `convert`, which also says what is raised. What the checkpoint lacks keeps the values of `build`.
     """
-    converted = convert(source, **options)
-    model = build(converted.config)
-    missing, unexpected = model.load_state_dict(converted.state, strict=False)
-    if unexpected or set(missing) != set(converted.initialised):
-        wrong = sorted({*unexpected, *(set(missing) ^ set(converted.initialised))})
-        raise ValueError(
-            f"{type(model).__name__} has not the layout of MaskedViT; it differs in {', '.join(wrong[:5])}"
-        )
-    report = LoadReport(
-        converted.dialect, list(converted.state), converted.initialised, converted.dropped, converted.notes
-    )
-    return model, report
+    return _built(build, convert(source, **options))
 
 
 def load_pretrained_vit(source: str | os.PathLike[str] | StateDict, **options: Any) -> "tuple[MaskedViT, LoadReport]":
@@ -67,8 +57,48 @@ def load_pretrained_vit(source: str | os.PathLike[str] | StateDict, **options: A
     return load_into(MaskedViT, source, **options)
 
 
-def load_pretrained(source: str | os.PathLike[str] | StateDict, **options: Any) -> "MaskedViT":
-    """The model a checkpoint of any dialect holds, in eval mode, with its `load_report`. Takes what `convert` does."""
-    model, report = load_pretrained_vit(source, **options)
+def load_pretrained_mae(
+    source: str | os.PathLike[str] | StateDict, **options: Any
+) -> "tuple[MaskedAutoencoder, LoadReport]":
+    """A MaskedAutoencoder from a checkpoint of any dialect, and the report. Takes and raises what `convert` does.
+
+    A file without a decoder gives the encoder; the decoder starts anew, of the size published with such an encoder.
+    """
+    from ..mae import MaskedAutoencoder
+
+    build: Callable[[Any], MaskedAutoencoder] = MaskedAutoencoder
+    return load_into(build, source, model="MaskedAutoencoder", **options)
+
+
+def load_pretrained(source: str | os.PathLike[str] | StateDict, **options: Any) -> "MaskedViT | MaskedAutoencoder":
+    """The model a checkpoint of any dialect holds, in eval mode, with its `load_report`. Takes what `convert` does.
+
+    A pre-training file, which has a decoder, is a MaskedAutoencoder; any other a MaskedViT.
+    """
+    converted = convert(source, model=None, **options)
+    model, report = _built(_class_of(converted.config), converted)
     model.load_report = report
     return model.eval()
+
+
+def _class_of(config: ViTConfig) -> Any:
+    if isinstance(config, MAEConfig):
+        from ..mae import MaskedAutoencoder
+
+        return MaskedAutoencoder
+    from ..vit import MaskedViT
+
+    return MaskedViT
+
+
+def _built(build: Callable[[ViTConfig], Model], converted: Converted) -> tuple[Model, LoadReport]:
+    model = build(converted.config)
+    missing, unexpected = model.load_state_dict(converted.state, strict=False)
+    if unexpected or set(missing) != set(converted.initialised):
+        wrong = sorted({*unexpected, *(set(missing) ^ set(converted.initialised))})
+        kind = "MaskedAutoencoder" if isinstance(converted.config, MAEConfig) else "MaskedViT"
+        raise ValueError(f"{type(model).__name__} has not the layout of {kind}; it differs in {', '.join(wrong[:5])}")
+    report = LoadReport(
+        converted.dialect, list(converted.state), converted.initialised, converted.dropped, converted.notes
+    )
+    return model, report

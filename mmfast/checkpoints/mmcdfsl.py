@@ -1,14 +1,14 @@
 """MM-CDFSL (ECCV 2024): stage 1, pre-training with a classifier, and stage 2, distillation into an RGB student.
 
 Its encoder norm is kept, and fc_norm reads the mean of the normed tokens. The published loader keeps only the encoder;
-here fc_norm and the head are kept too. Stage 1 computes with eps 1e-6, stage 2 with torch's default of 1e-5.
+here fc_norm and the head are kept too, and the decoder of stage 1. Stage 1 computes with eps 1e-6, stage 2 with torch's
+default of 1e-5.
 """
 
 import re
 
 from .container import Source
-from .layout import PATCH_EMBED, Dialect, Draft
-from .videomae import draft_of
+from .layout import DECODER, PATCH_EMBED, Dialect, Draft, draft_of
 
 _BRANCH = re.compile(r"(model|student_\w+|teacher_\w+)\.(.+)")
 _HEADS = ("action", "verb", "noun")
@@ -52,14 +52,15 @@ def _convert(source: Source, branch: str | None, head: str | None) -> Draft:
     for name, short in names.items():
         if short.startswith("encoder."):
             canonical[name] = short.removeprefix("encoder.")
-        elif short.startswith("fc_norm."):
+        elif short.startswith(("fc_norm.", *DECODER)):
             canonical[name] = short
         elif chosen and short.startswith(f"head_{chosen}."):
             canonical[name] = short.replace(f"head_{chosen}.", "head.")
     draft = draft_of(source, canonical)
     draft.dropped += [name for name in source.tensors if name not in canonical]
-    stage = 1 if any(short.startswith("decoder.") for short in names.values()) else 2
+    stage = 1 if draft.has_decoder else 2
     draft.fields["norm_eps"] = 1e-6 if stage == 1 else 1e-5
+    draft.mae_fields["head_drop_rate"] = 0.5  # what stage 1 trains with
     draft.notes.append(f"stage {stage}, branch {branch}, head {chosen}, norm_eps {draft.fields['norm_eps']:g}")
     return draft
 

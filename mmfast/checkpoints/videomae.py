@@ -1,17 +1,13 @@
 """VideoMAE and VideoMAE v2 as MCG-NJU and OpenGVLab release them: fine-tuned models and pre-training models.
 
-Fine-tuned names are mmfast's own, up to a prefix. Pre-training adds `encoder.` and a decoder, which is left out here.
+Fine-tuned names are mmfast's own, up to a prefix. Pre-training adds `encoder.` and a decoder. A MaskedAutoencoder's own
+state dict reads as one, with its class branch.
 """
 
-import torch
-from torch import Tensor
-
-from ..layers import sinusoid_positions
 from .container import Source
-from .layout import PATCH_EMBED, Dialect, Draft, renamed
+from .layout import CLASSIFIER, DECODER, PATCH_EMBED, Dialect, Draft, draft_of
 
 _PREFIXES = ("backbone.", "encoder.", "model.")
-_DECODER = ("decoder.", "mask_token", "encoder_to_decoder.")
 
 
 def strip(names: list[str], prefixes: tuple[str, ...]) -> dict[str, str]:
@@ -25,40 +21,6 @@ def strip(names: list[str], prefixes: tuple[str, ...]) -> dict[str, str]:
     return short
 
 
-def draft_of(source: Source, names: dict[str, str]) -> Draft:
-    """The draft of the tensors under their canonical names (`names`: name in the file -> canonical)."""
-    origin: dict[str, str] = {}
-    for name, short in names.items():
-        if short in origin:
-            raise ValueError(f"{source.where}: {origin[short]} and {name} are both {short}")
-        origin[short] = name
-    draft = renamed({short: source.tensors[name] for short, name in origin.items()}, origin)
-    _drop_positions(draft, source.where)
-    scaled = [name for name in draft.state if name.endswith(".attn.scale")]
-    if scaled:
-        raise ValueError(
-            f"{source.where}: holds {origin[scaled[0]]}: cosine attention (cos_attn=True) is not supported"
-        )
-    return draft
-
-
-def _drop_positions(draft: Draft, where: str) -> None:
-    table = draft.state.get("pos_embed")
-    if table is None:
-        return
-    if table.ndim != 3 or not _is_sinusoid(table[0]):
-        raise ValueError(f"{where}: pos_embed {tuple(table.shape)} is learned; MaskedViT has fixed sinusoid positions")
-    del draft.state["pos_embed"]
-    draft.dropped.append(draft.origin["pos_embed"])
-    draft.notes.append("pos_embed is the sinusoid table, which MaskedViT computes")
-
-
-def _is_sinusoid(table: Tensor) -> bool:
-    return torch.allclose(
-        table.float(), sinusoid_positions(*table.shape), atol=1e-2 if table.dtype.itemsize < 4 else 1e-5
-    )
-
-
 def _why_not_encoder(names: list[str]) -> str | None:
     for wanted in (PATCH_EMBED[0], "blocks.0.attn.qkv.weight"):
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
@@ -67,7 +29,7 @@ def _why_not_encoder(names: list[str]) -> str | None:
 
 
 def _is_pretraining(names: list[str]) -> bool:
-    return any(name.startswith(_DECODER) for name in strip(names, ("model.",)).values())
+    return any(name.startswith(DECODER) for name in strip(names, ("model.",)).values())
 
 
 def _why_not_finetune(source: Source) -> str | None:
@@ -103,10 +65,12 @@ def _why_not_pretrain(source: Source) -> str | None:
 
 def _convert_pretrain(source: Source, branch: str | None, head: str | None) -> Draft:
     short = strip(list(source.tensors), ("model.",))
-    encoder = {n: s.removeprefix("encoder.") for n, s in short.items() if s.startswith("encoder.")}
-    draft = draft_of(source, encoder)
-    draft.dropped += [name for name in short if name not in encoder]
-    draft.notes.append("a pre-training model: only its encoder is taken")
+    parts = (*DECODER, *CLASSIFIER) if "head.weight" in short.values() else DECODER
+    taken = {n: s.removeprefix("encoder.") for n, s in short.items() if s.startswith(("encoder.", *parts))}
+    if table := next((n for n, s in short.items() if s == "pos_embed"), None):
+        taken[table] = "decoder.pos_embed"
+    draft = draft_of(source, taken)
+    draft.dropped += [name for name in short if name not in taken]
     return draft
 
 
