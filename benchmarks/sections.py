@@ -310,11 +310,41 @@ def check_host(calls: dict[str, Call]) -> float:
     return relative_error(ours, strong)
 
 
+def training(run: Run) -> None:
+    """Whole steps of pre-training and distillation, forward to optimiser."""
+    import train_report
+    from train_step import MODELS, parse, prepare
+    from train_variants import PEERS, Setup
+    from train_variants import check as check_step
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    setup = Setup(run.device, torch.bfloat16 if run.cuda else None)
+    sizes = (
+        {"pretrain": (32, 90.0), "distill": (32, 60.0)} if run.cuda else {"pretrain": (1, 40.0), "distill": (1, 30.0)}
+    )
+    for mode, (batch, seconds) in sizes.items():
+        if not run.enough(f"{mode} step", seconds):
+            continue
+        # torch.compile takes minutes on a CPU.
+        peers = [name for name in PEERS if run.cuda or name != "compiled"]
+        options = parse(["--mode", mode, "--batch", str(batch), "--device", str(run.device), "--peers", *peers])
+        work = prepare(options, setup)
+        gate = check_step(work.variants, work.published)
+        if gate.red:
+            run.red(f"{mode} step", "; ".join(train_report.red_lines(gate)))
+            continue
+        work.published.clear()
+        rows = train_report.rows_of(work.variants, gate, work.clips, None, min(15.0, max(4.0, run.left / 4)))
+        run.add({"mode": mode, "model": MODELS[mode], "batch": batch} | train_report.as_json(rows, gate))
+        print(f"{mode}, {work.title}", *train_report.table_lines(rows, gate), sep="\n", flush=True)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "ceilings": ceilings,
     "ladder_small": ladder_small,
     "attention": attention,
     "kernels": kernels,
+    "training": training,
     "host": host,
     "ladder_base": ladder_base,
 }
