@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
-
-# A field for the frame's number, as in "frame_{:010d}.jpg"; doubled braces are braces of the name.
-_NUMBER_FIELD = re.compile(r"(?<!\{)\{(?::0?\d*d?)?\}(?!\})")
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,3 @@ class AnnotationSet(Sequence[ClipRecord]):
     def labels(self) -> list[int | None]:
         """Class number of every clip, in order."""
         return [record.label for record in self.records]
-
-
-def has_number_field(source: str | os.PathLike[str]) -> bool:
-    """True for a path that names one file a frame, such as "frame_{:010d}.jpg"."""
-    return _NUMBER_FIELD.search(os.fspath(source)) is not None
-
-
-def frame_path(source: str | os.PathLike[str], number: int) -> Path:
-    """The file of one frame, for a source with a number field."""
-    return Path(os.fspath(source).format(number))
