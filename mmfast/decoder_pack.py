@@ -34,12 +34,15 @@ def decoder_pack(visible: Pack, tokens: int, decode_mask: Tensor | None = None) 
     """The decoder's pack of the views that keep `visible` of `tokens` tokens.
 
     decode_mask: bool [S, N], True = not decoded (VideoMAE v2's dual masking); None decodes every removed token.
-    Waits for the device only where counts are not known from the shapes: unequal views, or a decode_mask.
+    Waits for the device only where counts are not known from the shapes: unequal views, or a decode_mask. While torch.compile
+    traces there are no counts: the plan then has no common length.
     """
+    length: int | None = None
+    longest = tokens
     if visible.length is not None and decode_mask is None:
         removed = _removed_of_equal(visible, tokens)
         longest = removed.shape[1]
-        length: int | None = longest
+        length = longest
         removed_starts = torch.arange(visible.num_sequences + 1, dtype=torch.int32, device=removed.device) * longest
         token_idx = removed.flatten()
     else:
@@ -48,9 +51,10 @@ def decoder_pack(visible: Pack, tokens: int, decode_mask: Tensor | None = None) 
             chosen = chosen & ~decode_mask
         counts = chosen.sum(1)
         removed_starts = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
-        lengths = counts.tolist()
-        longest = int(max(lengths, default=0))
-        length = longest if len(set(lengths)) <= 1 else None
+        if not torch.compiler.is_compiling():
+            lengths = counts.tolist()
+            longest = max(lengths, default=0)
+            length = longest if len(set(lengths)) <= 1 else None
         token_idx = kept_ids(chosen.logical_not())
     removed_of = Pack(token_idx, removed_starts, visible.clip_of, length, longest)
     return _join(visible, removed_of)

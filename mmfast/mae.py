@@ -58,6 +58,7 @@ class MaskedAutoencoder(nn.Module):
     [B, P, N], True = removed, equally many in each; or a Pack of the visible tokens. Each must remove at least one token.
     decode_mask: of mask's shape, True = not decoded (VideoMAE v2's dual masking, arXiv 2303.16727): the decoder then
     neither sees nor predicts those removed tokens. With classes, logits come from the visible tokens (MM-CDFSL, stage I).
+    While torch.compile traces, a mask that is not a Pack has no counts: unequal and empty removals are not refused then.
     """
 
     load_report: "LoadReport | None" = None
@@ -111,12 +112,13 @@ class MaskedAutoencoder(nn.Module):
         Raises ValueError where views have different numbers of removed tokens to predict.
         """
         visible, plan, lead = self.packs(video, mask, decode_mask)
-        if plan.length is None:
+        if plan.length is None and not torch.compiler.is_compiling():
             raise ValueError(
                 "mask and decode_mask must leave equally many removed tokens to decode in every view: pred is one tensor"
             )
         tokens = self.encode(video, visible)
-        pred = self.predict(tokens, plan, self.encoder.check_video(video)).unflatten(0, (*lead, plan.length))
+        pred = self.predict(tokens, plan, self.encoder.check_video(video))
+        pred = pred.view(*lead, -1 if plan.length is None else plan.length, pred.shape[1])
         return MAEOutput(pred, None if self.head is None else self.classify(tokens, visible).unflatten(0, lead))
 
     def reconstruction_loss(
@@ -132,7 +134,7 @@ class MaskedAutoencoder(nn.Module):
         where views remove different numbers of tokens (without a decode_mask), since the published loss has no such mean.
         """
         visible, plan, _ = self.packs(video, mask, decode_mask)
-        if plan.length is None and decode_mask is None:
+        if plan.length is None and decode_mask is None and not torch.compiler.is_compiling():
             raise ValueError(
                 "mask must remove equally many tokens in every view: the published loss is a mean over views"
             )

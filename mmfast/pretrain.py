@@ -60,7 +60,7 @@ class MaskedPretraining(nn.Module):
             given.append((target, mask if target_mask is None else target_mask))
         videos = [video for video, _ in given]
         parts = [model.packs(video, removed) for video, removed in given]
-        if any(plan.length is None for _, plan, _ in parts):
+        if any(plan.length is None for _, plan, _ in parts) and not torch.compiler.is_compiling():
             raise ValueError(
                 "mask must remove equally many tokens in every view: the published loss is a mean over views"
             )
@@ -73,13 +73,10 @@ class MaskedPretraining(nn.Module):
         tokens = model.encoder.encode_tokens(x, visible)
         pred = model.predict(tokens, plan, grids[0])
 
-        losses, row = {}, 0
-        for name, video, (_, own, _) in zip(("source_loss", "target_loss"), videos, parts, strict=False):
-            count = own.token_idx.shape[0]
-            losses[name] = model.patch_loss(
-                pred[row : row + count], video, own.token_idx, own.clip_idx, self.normalize_target
-            )
-            row += count
+        losses = {}
+        preds = pred.split([own.token_idx.shape[0] for _, own, _ in parts])
+        for name, video, said, (_, own, _) in zip(("source_loss", "target_loss"), videos, preds, parts, strict=False):
+            losses[name] = model.patch_loss(said, video, own.token_idx, own.clip_idx, self.normalize_target)
         total = losses["source_loss"]
         if self.target_weight:
             total = total + self.target_weight * losses["target_loss"]

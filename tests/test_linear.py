@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from numerics import assert_close_to_truth
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from mmfast_kernels.linear import linear, linear_erf_gelu, onednn_takes
 
@@ -72,6 +73,17 @@ def test_frozen_inputs_cost_nothing(frozen: int) -> None:
     linear(*leaves).backward(cotangent)
     for i, leaf in enumerate(leaves):
         assert (leaf.grad is None) if i == frozen else torch.equal(leaf.grad, want[i])
+
+
+@onednn
+@pytest.mark.parametrize("frozen", [0, 1], ids=["x", "weight"])
+def test_what_no_gradient_needs_is_not_kept(frozen: int) -> None:
+    """Where biases alone are trained, the layers' inputs would be most of the memory."""
+    leaves = [t.requires_grad_(i != frozen) for i, t in enumerate(inputs(20, 8, 24))]
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        linear(*leaves)
+    assert kept == [leaves[frozen].data_ptr()]
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 24), (5, 8, 0)], ids=str)

@@ -73,7 +73,7 @@ def mse_ref(pred: Tensor, **args: Any) -> Tensor:
 def loss_and_gradient(op: Callable[..., Tensor], args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     pred = args["pred"].detach().requires_grad_()
     loss = op(**(args | {"pred": pred}))
-    return loss.detach(), torch.autograd.grad(loss, pred, torch.tensor(0.7, dtype=loss.dtype, device=loss.device))[0]
+    return loss.detach(), torch.autograd.grad(loss, pred, torch.tensor(-0.7, dtype=loss.dtype, device=loss.device))[0]
 
 
 def check(args: dict[str, Any]) -> None:
@@ -271,5 +271,5 @@ def test_wrong_patches(change: dict[str, Any], error: type[Exception], message: 
 
 def test_nothing_removed() -> None:
     args = patches("pose4")
-    with pytest.raises(ValueError, match="token_idx takes at least one token, got none: nothing was removed"):
+    with pytest.raises(ValueError, match="token_idx takes at least one token, got none: no clip, or nothing removed"):
         masked_patch_mse(**(args | {name: args[name][:0] for name in ("pred", "token_idx", "clip_idx")}))

@@ -10,7 +10,9 @@ import torch
 from numerics import assert_close_to_truth
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmfast_kernels.linear import onednn_takes
 from mmfast_kernels.mlp import MODES, gelu_backward_op, linear_gelu, linear_gelu_hidden_op, linear_gelu_ref
 from mmfast_kernels.mlp_block import mlp, mlp_ref
 
@@ -137,6 +139,34 @@ def test_mlp_forward(mode: str, lane: str, dtype: torch.dtype, poisoned_empty: N
     tensors[0].requires_grad_()
     assert_close_to_truth("y with a graph", mlp(*tensors, mode).detach(), plain, truth)
     assert_close_to_truth("y, recomputed", mlp(*tensors, mode, recompute=True).detach(), plain, truth)
+
+
+class _Products(TorchDispatchMode):
+    """Notes what oneDNN is told to do behind each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.behind.append(args[3])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not onednn_takes(torch.ones(1, 1)), reason="torch without oneDNN")
+@pytest.mark.parametrize("lane", ["plain"], indirect=True)
+def test_the_gelu_is_part_of_the_product_where_h_is_not_kept(lane: str) -> None:
+    """Without a gradient in one piece, however many rows there are; recomputed, in blocks of rows."""
+    tensors = inputs(40, 8, 24)
+    with _Products() as products:
+        mlp(*tensors)
+    assert products.behind == ["gelu", "none"]
+    tensors[0].requires_grad_()
+    for recompute, behind in ((True, ["gelu", "none"] * 3), (False, ["none"] * 6)):
+        with _Products() as products:
+            mlp(*tensors, recompute=recompute)
+        assert products.behind == behind
 
 
 @gpu

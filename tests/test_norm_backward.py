@@ -94,6 +94,13 @@ def test_row_counts(rows: int, poisoned_empty: None) -> None:
 
 
 @interpret
+@pytest.mark.parametrize("outputs", ["s", "y", "s y"])
+def test_one_dimension(outputs: str, poisoned_empty: None) -> None:
+    given = {name: t[0] if t.dim() == 2 else t for name, t in inputs(40).items()}
+    check(given, NAMES, outputs, wanted=[n for n in NAMES if outputs != "s" or n not in ("weight", "bias")])
+
+
+@interpret
 @pytest.mark.parametrize(
     "wanted", [["x"], ["branch"], ["gamma"], ["bias"], ["weight", "gamma"], ["x", "branch"]], ids="-".join
 )

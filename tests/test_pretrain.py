@@ -83,6 +83,11 @@ def test_raw_pixels_when_asked_for() -> None:
     [
         (dict(target=None), ValueError, "target must be given: target_weight is above 0"),
         (dict(target=clips(frames=8)), ValueError, "mask must be"),
+        (
+            dict(target=clips(frames=8), target_mask=tube_masks(3, 1, (4, 2, 2), 0.5)[:, 0]),
+            ValueError,
+            r"target must have the source's token grid \(2, 2, 2\), got \(4, 2, 2\)",
+        ),
         (dict(labels=None), ValueError, "labels must be given"),
         (dict(labels=LABELS[:2]), ValueError, r"labels must be \[3\], one class a source clip, got \(2,\)"),
         (dict(labels=LABELS + 1), ValueError, r"labels must lie in 0\.\.4, got 1\.\.5"),

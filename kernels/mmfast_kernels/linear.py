@@ -24,21 +24,21 @@ ROWS = 512  # of a block: what an MLP makes of it stays in the cache, and a prod
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        want_x, want_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if want_weight else None, weight if want_x else None)
         return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if differentiating_twice():
-            return grads_by_torch(F.linear, (x, weight, bias), dy)
-        want_x, want_weight, want_bias = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        twice = differentiating_twice()
         dy = dy.contiguous()
-        return (
-            onednn(dy, weight.t()) if want_x else None,
-            _weight_grad(dy, x) if want_weight else None,
-            dy.sum(0) if want_bias else None,
-        )
+        dx = dweight = None
+        if weight is not None:
+            dx = dy @ weight if twice else onednn(dy, weight.t())
+        if x is not None:
+            dweight = dy.t() @ x if twice else _weight_grad(dy, x)
+        return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

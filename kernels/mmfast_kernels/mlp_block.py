@@ -6,8 +6,8 @@
 
 Autograd would keep x, h and a: nine times x at the usual widths. a is one cheap pass over h, so x and h are kept, five times x;
 with recompute x alone, and h is one product more. With kernels, linear_gelu's run here, and the other products are cuBLAS's.
-On the CPU oneDNN computes all products, and blocks of rows go through both layers at a time, so that h, a and da stay in the
-cache and, with recompute, h never exists in full.
+On the CPU oneDNN computes all products, and in training blocks of rows go through both layers at a time, so that h, a and da
+stay in the cache and, with recompute, h never exists in full.
 """
 
 import functools
@@ -92,9 +92,9 @@ class _BlockedMlp(torch.autograd.Function):
         mode: str,
         recompute: bool,
     ) -> Tensor:
-        kept: list[Tensor] | None = None if recompute else []
-        y = _blocked(x, w1, b1, w2, b2, mode, kept)
-        ctx.save_for_backward(x, w1, b1, w2, b2, *(kept or ()))
+        kept: list[Tensor] = []
+        y = _blocked(x, w1, b1, w2, b2, mode, None if recompute else kept)
+        ctx.save_for_backward(x, w1, b1, w2, b2, *kept)
         ctx.mode = mode
         return y
 
@@ -140,11 +140,13 @@ def _blocked(
     kept: list[Tensor] | None = None,  # takes the hidden layer, a block of rows at a time
 ) -> Tensor:
     y = torch.empty((x.shape[0], w2.shape[0]), dtype=x.dtype)
-    for start in range(0, x.shape[0], ROWS):
-        h = onednn(x[start : start + ROWS], w1, b1)
-        if kept is not None:
-            kept.append(h)
-        y[start : start + ROWS] = onednn(_gelu(h, mode), w2, b2)
+    for rows, out in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        if kept is None:
+            a = linear_gelu(rows, w1, b1, mode)
+        else:
+            kept.append(onednn(rows, w1, b1))
+            a = _gelu(kept[-1], mode)
+        out.copy_(onednn(a, w2, b2))
     return y
 
 
@@ -188,18 +190,12 @@ def mlp(
         raise ValueError(f"mlp: w2 takes [E, {w1.shape[0]}] for w1 {tuple(w1.shape)}, got {tuple(w2.shape)}")
     w2, b2 = checked_parameters("mlp", x, w2, b2, ("w2", "b2"))
     given = (x, w1, b1, w2, b2)
-    differentiable = needs_grad(*given)
-    blocked = onednn_takes(*given) and not use_kernel(*given)
-    if blocked or (differentiable and use_kernel(*given)):
-        rows = x.reshape(-1, x.shape[-1])
-        if not blocked:
-            y = _KernelMlp.apply(rows, w1, b1, w2, b2, mode, recompute)
-        elif differentiable:
-            y = _BlockedMlp.apply(rows, w1, b1, w2, b2, mode, recompute)
-        else:
-            y = _blocked(rows, w1, b1, w2, b2, mode)
-        return y.view(*x.shape[:-1], w2.shape[0])
-    if differentiable and recompute:
+    if not needs_grad(*given):
+        return _layers(*given, mode)
+    if use_kernel(*given) or onednn_takes(*given):
+        run = _KernelMlp.apply if use_kernel(*given) else _BlockedMlp.apply
+        return run(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, mode, recompute).view(*x.shape[:-1], w2.shape[0])
+    if recompute:
         return checkpoint(_layers, *given, mode, use_reentrant=False, preserve_rng_state=False)
     return _layers(*given, mode)
 

@@ -229,9 +229,8 @@ class _Norm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> Any:
-        if (
-            not torch.compiler.is_compiling()
-        ):  # Dynamo does not know the call: there unused outputs have zero gradients.
+        # Dynamo does not know the call: there unused outputs have zero gradients.
+        if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)
         y, *total, mean, rstd = norm_op(x, branch, gamma, weight, bias, eps, dtype, True)
         ctx.bias_dtype = bias.dtype
@@ -264,7 +263,7 @@ class _Norm(torch.autograd.Function):
         elif ds is not None:  # only the sum was used
             dx = ds
             dbranch = (ds if gamma is None else ds * gamma).to(ctx.branch_dtype) if for_branch else None
-            dgamma = (ds.float() * branch).flatten(0, -2).sum(0).to(gamma.dtype) if for_gamma else None
+            dgamma = (ds.float() * branch).reshape(-1, len(gamma)).sum(0).to(gamma.dtype) if for_gamma else None
         return (
             dx if for_x else None,
             dbranch if for_branch else None,
