@@ -100,7 +100,10 @@ setup(
     packages=[*find_packages(include=["mmfast", "mmfast.*"]), "mmfast_kernels"],
     include_package_data=False,  # what package_data names, and nothing else
     package_dir={"": ".", "mmfast_kernels": "kernels/mmfast_kernels"},
-    package_data={"mmfast_kernels": ["*.pyi", "py.typed", "tables/*.json"], "mmfast": ["py.typed", "stages/presets/*.yaml"]},
+    package_data={
+        "mmfast_kernels": ["*.pyi", "py.typed", "tables/*.json"],
+        "mmfast": ["py.typed", "stages/presets/*.yaml"],
+    },
     ext_modules=[
         Extension(
             "mmfast_kernels._C",

@@ -1,0 +1,222 @@
+"""What the commands share: arguments, models, collections, and what ends a command with which exit code.
+
+0  done          1  a fault in the data or on the disk          2  wrong arguments          130  stopped by Ctrl-C or SIGTERM
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ..checkpoints import load_pretrained_vit
+from ..data.annotations import DATASETS, read_annotations
+from ..data.manifest import folder_manifest, read_manifest
+from ..data.records import AnnotationSet, ClipRecord
+from ..extract import PRECISIONS, STORED, Report
+from ..predict import MANIFESTS, video_records
+from ..shards import place_in_world
+from ..vit import MaskedViT
+from . import SUMMARIES
+
+STOPPED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """One clean help, and one line for a wrong argument."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(f"mmfast {name}", description=SUMMARIES[name], allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def guarded(name: str, main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """main(argv), with one clear line in place of a traceback for whatever a user can put right."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)  # what a scheduler sends ahead of SIGKILL
+    except ValueError:  # not the main thread: whoever runs this there handles signals
+        before = None
+    try:
+        return main(argv)
+    except SystemExit as end:  # argparse: its message has been written
+        return end.code if isinstance(end.code, int) else 2
+    except KeyboardInterrupt:
+        complain(name, "stopped; the same command goes on from here")
+        return STOPPED
+    except ImportError as error:
+        complain(name, str(error))
+        return 2
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        complain(name, str(error))
+        return 2
+    except OSError as error:
+        complain(name, f"{error.filename or ''}{': ' * bool(error.filename)}{error.strerror or error}")
+        return 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def say(text: str) -> None:
+    """Write a line to stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def complain(name: str, text: str) -> None:
+    """Write a line to stderr, under the command's name."""
+    rank, world = place_in_world()
+    sys.stderr.write(f"mmfast {name}{f' [rank {rank}]' * (world > 1)}: {text}\n")
+
+
+def first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return place_in_world()[0] == 0
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--checkpoint and what goes with it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", required=required, metavar="PATH", help="file or folder, of any known dialect")
+    group.add_argument("--branch", help="of an MM-CDFSL checkpoint; by default the student of a distillation")
+    group.add_argument("--classifier", metavar="HEAD", help="action, verb or noun, of an MM-CDFSL checkpoint")
+    group.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell")
+    group.add_argument("--num-frames", type=int, help="frames of a clip")
+    group.add_argument("--img-size", type=int, help="pixels a side")
+    group.add_argument("--norm-eps", type=float, help="eps of the LayerNorms")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="(default: %(default)s)")
+
+
+def load_model(args: argparse.Namespace) -> MaskedViT:
+    """The model of add_model's arguments in eval mode; its load report goes to stderr."""
+    size = {"num_heads": args.num_heads, "num_frames": args.num_frames, "img_size": args.img_size}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, report = load_pretrained_vit(
+            args.checkpoint, branch=args.branch, head=args.classifier, norm_eps=args.norm_eps, **size
+        )
+    if first_rank():
+        sys.stderr.write(f"{args.checkpoint}: {report}\n" + "".join(f"{warning.message}\n" for warning in caught))
+    return model.to(device_of(args.device)).eval()
+
+
+def device_of(name: str) -> torch.device:
+    """auto takes the GPU of this process where there is one. ValueError for a device that is not there."""
+    if name == "auto":
+        name = f"cuda:{_local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    """--views, --mask-ratio, --seed."""
+    group = parser.add_argument_group("masks")
+    group.add_argument("--views", type=int, default=2, metavar="P", help="masked views a clip (default: %(default)s)")
+    group.add_argument(
+        "--mask-ratio", type=float, default=0.75, metavar="RHO", help="share of tubes removed (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+
+
+def add_clips(parser: argparse.ArgumentParser) -> None:
+    """How clips are cut."""
+    group = parser.add_argument_group("clips")
+    group.add_argument(
+        "--modality", choices=("rgb", "flow", "pose"), default="rgb", help="what the model sees (default: %(default)s)"
+    )
+    group.add_argument("--stride", type=int, help="frames between two samples; by default spread over the clip")
+    group.add_argument(
+        "--resize", choices=("squash", "crop"), default="squash", help="to a square (default: %(default)s)"
+    )
+
+
+def add_work(parser: argparse.ArgumentParser, batch: int = 32) -> None:
+    """--batch, --workers, --shard-size, --retry, --quiet."""
+    group = parser.add_argument_group("work")
+    group.add_argument("--batch", type=int, default=batch, help="clips at a time (default: %(default)s)")
+    group.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode (default: %(default)s)"
+    )
+    group.add_argument("--shard-size", type=int, default=4096, help="clips a shard file (default: %(default)s)")
+    group.add_argument("--retry", action="store_true", help="try clips again that could not be read")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """--dataset and --root, which say how annotations are read."""
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="read DATA as this data set's annotation file")
+    parser.add_argument("--root", help="folder that the paths of annotations or a manifest start from")
+
+
+def add_stored(parser: argparse.ArgumentParser) -> None:
+    """--dtype of stored features."""
+    parser.add_argument(
+        "--dtype", choices=tuple(STORED), default="float32", help="features are stored in (default: %(default)s)"
+    )
+
+
+def records_of(
+    data: str, dataset: str | None, root: str | None, modalities: Sequence[str] = ("rgb",)
+) -> Sequence[ClipRecord]:
+    """The clips of an annotation file, a manifest, a folder of class folders, or a folder of videos."""
+    path = Path(data)
+    if dataset is not None:
+        return read_annotations(dataset, path, root or "", modalities=tuple(modalities))
+    if path.suffix.lower() in MANIFESTS:
+        return read_manifest(path, root, check_files=False)
+    if root is not None:
+        raise ValueError("root is for annotations and manifests; DATA is neither")
+    if path.is_dir() and _has_class_folders(path):
+        return folder_manifest(path)
+    return video_records(path)
+
+
+def _has_class_folders(folder: Path) -> bool:
+    try:
+        folder_manifest(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def stride_of(records: Sequence[ClipRecord], given: int | None) -> int | None:
+    """The stride asked for, or the annotations' own."""
+    return given if given is not None or not isinstance(records, AnnotationSet) else records.stride
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def tell(name: str, report: Report, where: str) -> int:
+    """Say what became of the clips. 1 where some could not be read."""
+    complain(name, f"{where}: {report}")
+    return 1 if report.failed else 0
+
+
+def as_json(value: Any) -> bytes:
+    """Indented JSON text."""
+    return (json.dumps(value, indent=2) + "\n").encode()

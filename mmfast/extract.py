@@ -1,0 +1,431 @@
+"""Features of every (clip, view) of a collection, in safetensors shards with an index, to be computed once and read often.
+
+    feature[clip, view] = encode(clip under the mask of (seed, clip id, view))
+
+so a feature depends neither on the batch its clip was in nor on how many ranks shared the work.
+"""
+
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import __version__
+from .config import ViTConfig
+from .ensemble import micro_batch_size, run_in_micro_batches
+from .masks import Grid, Pack, kept_per_slot, sample_pack
+from .shards import Label, ShardReader, ShardWriter, checked_place, place_in_world
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoder(Protocol):
+    """What extract needs of a model: MaskedViT has it."""
+
+    config: ViTConfig
+
+    def check_video(self, video: Tensor) -> Grid: ...
+    def encode(self, video: Tensor, mask: Pack) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class Clips(Protocol):
+    """A collection: item i is a dict with the pixels [C, F, H, W] of each modality.
+
+    Its `records` (ClipRecord), if it has them, give clip ids, names and labels before anything is decoded; without them
+    clip i has id i.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+@dataclass
+class Report:
+    """What a run did for its rank's part of the collection.
+
+    done: clips done now. kept: done by an earlier run. failed: clip id -> (name, reason), of this and earlier runs.
+    """
+
+    clips: int
+    done: int = 0
+    kept: int = 0
+    failed: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        said = [f"{self.done} of {self.clips} clips done"]
+        said += [f"{self.kept} were done before"] * bool(self.kept)
+        said += [f"{len(self.failed)} could not be read:"] * bool(self.failed)
+        lines = [", ".join(said), *(f"  {name}: {reason}" for name, reason in list(self.failed.values())[:10])]
+        return "\n".join(lines + [f"  and {len(self.failed) - 10} more"] * (len(self.failed) > 10))
+
+
+def weights_fingerprint(model: Encoder | nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of the state dict: equal for equal weights on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def extract(
+    model: Encoder,
+    dataset: Clips,
+    out: str | os.PathLike[str],
+    *,
+    views: int = 2,
+    mask_ratio: float = 0.75,
+    seed: int = 0,
+    modality: str = "rgb",
+    precision: str = "fp32",
+    dtype: str = "float32",
+    shard_size: int = 4096,
+    batch: int = 32,
+    workers: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    retry: bool = False,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Encode every clip of `dataset` under `views` tube masks, into the folder `out`, where FeatureStore reads them.
+
+    What an earlier run into the folder has done stays; it must agree in weights, masks and `about` (plain data: how the
+    clips were made). precision: "fp32", or "bf16" or "fp16" autocast; dtype: what the features are stored in. workers:
+    threads that load clips ahead. rank, world: this process's part, by default from torchrun or SLURM. retry: try clips
+    again that could not be read. A clip that cannot be read is skipped and reported. Holds one shard and a few batches.
+
+    Raises ValueError for arguments out of range, clips that the model cannot take, and a folder of another run.
+    """
+    if views < 1:
+        raise ValueError(f"views must be at least 1, got {views}")
+    kept_per_slot(model.config.grid, mask_ratio)
+    one_of("dtype", dtype, STORED)
+    settings = {
+        "what": "features",
+        **encoding_settings(model, views, mask_ratio, seed, modality, precision),
+        "dtype": dtype,
+        "about": dict(about or {}),
+    }
+    encode = encoder(model, views, mask_ratio, seed, precision)
+
+    def compute(ids: Tensor, video: Tensor) -> dict[str, Tensor]:
+        return {"features": encode(video, ids).to(STORED[dtype])}
+
+    return run_sharded(
+        compute, model, dataset, out, "features", settings, modality=modality, shard_size=shard_size, batch=batch,
+        workers=workers, rank=rank, world=world, retry=retry, progress=progress,
+    )  # fmt: skip
+
+
+def encoding_settings(
+    model: Encoder, views: int, mask_ratio: float, seed: int, modality: str, precision: str
+) -> dict[str, Any]:
+    """Everything that fixes a feature but the clip's pixels, as plain data."""
+    return {
+        "weights": weights_fingerprint(model),
+        "config": model.config.to_dict(),
+        "views": views,
+        "mask_ratio": mask_ratio,
+        "mask_seed": seed,
+        "modality": modality,
+        "precision": precision,
+    }
+
+
+def encoder(
+    model: Encoder, views: int, mask_ratio: float, seed: int, precision: str = "fp32"
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function of (video [B, C, F, H, W] on any device, clip ids int64 [B]) that gives features [B, P, D] on the model's."""
+    amp = one_of("precision", precision, PRECISIONS)
+    device = next(iter(model.parameters())).device
+
+    @torch.no_grad()
+    def encode(video: Tensor, ids: Tensor) -> Tensor:
+        grid = model.check_video(video)
+
+        def run(clips: slice) -> Tensor:
+            chosen = ids[clips]
+            pack = sample_pack(len(chosen), views, grid, mask_ratio, seed=seed, clip_ids=chosen, device=device)
+            with autocast(device, amp):
+                return model.encode(video[clips].to(device, non_blocking=True), pack).unflatten(0, (-1, views))
+
+        tokens = views * grid[0] * kept_per_slot(grid, mask_ratio)
+        return torch.cat(run_in_micro_batches(run, len(ids), micro_batch_size(tokens, device)))
+
+    return encode
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """torch.autocast on the device, or nothing for None."""
+    return nullcontext() if amp is None else torch.autocast(device.type, amp)
+
+
+def run_sharded(
+    compute: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    model: Encoder,
+    dataset: Clips,
+    out: str | os.PathLike[str],
+    kind: str,
+    settings: Mapping[str, Any],
+    *,
+    modality: str,
+    shard_size: int,
+    batch: int,
+    workers: int,
+    rank: int | None,
+    world: int | None,
+    retry: bool,
+    progress: bool,
+) -> Report:
+    """compute(ids int64 [B], video [B, C, F, H, W]) -> tensors [B, ...] of all clips of a rank, into shards of `out`."""
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    rank, world = place_in_world() if rank is None or world is None else checked_place(rank, world)
+    ids, names, labels = describe(dataset)
+    by_id = dict(zip(ids, names, strict=True))
+    if len(by_id) < len(ids):
+        again = next(i for i, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"dataset has clip id {again} twice; every clip needs an id of its own")
+    writer = ShardWriter(
+        out, kind, settings, by_id, version=__version__, rank=rank, world=world, shard_size=shard_size, retry=retry
+    )
+    training = getattr(model, "training", False)
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        with writer:
+            todo = writer.todo(ids)
+            mine = range(rank, len(ids), world)
+            report = Report(len(mine), kept=sum(ids[place] in writer.done for place in mine))
+            where = f" (rank {rank} of {world})" if world > 1 else ""
+            with tqdm(total=len(todo), unit="clip", desc=f"{kind}{where}", disable=not progress) as bar:
+                _fill(writer, compute, model, dataset, todo, ids, labels, modality, batch, workers, bar, report)
+            report.failed = {ids[p]: writer.failed[ids[p]] for p in mine if ids[p] in writer.failed}
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(training)
+    return report
+
+
+def _fill(
+    writer: ShardWriter,
+    compute: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    model: Encoder,
+    dataset: Clips,
+    todo: Sequence[int],
+    ids: Sequence[int],
+    labels: Sequence[Label],
+    modality: str,
+    batch: int,
+    workers: int,
+    bar: Any,
+    report: Report,
+) -> None:
+    pending: deque[tuple[list[int], dict[str, Tensor]]] = deque()
+
+    def store(left: int) -> None:
+        # The newest batch stays on the device while the next one is launched, so that a GPU need not wait for the host.
+        while len(pending) > left:
+            places, results = pending.popleft()
+            host = {name: tensor.cpu() for name, tensor in results.items()}
+            for row, place in enumerate(places):
+                writer.add(ids[place], labels[place], **{name: tensor[row] for name, tensor in host.items()})
+            report.done += len(places)
+            bar.update(len(places))
+
+    try:
+        for places, clips in loaded_batches(model, dataset, todo, ids, modality, workers, batch):
+            if isinstance(clips, str):
+                writer.fail(ids[places[0]], clips)
+                bar.update()
+            else:
+                pending.append((places, compute(torch.tensor([ids[place] for place in places]), clips)))
+                store(1)
+    finally:
+        store(0)
+
+
+def loaded_batches(
+    model: Encoder,
+    dataset: Clips,
+    todo: Sequence[int],
+    ids: Sequence[int],
+    modality: str,
+    workers: int,
+    batch: int,
+) -> Iterator[tuple[list[int], Tensor | str]]:
+    """(places, their clips [B, C, F, H, W]) of clips of one shape; ([place], reason) of one that cannot be used."""
+    for group in _batches(_loaded(dataset, todo, modality, ids, workers, batch), batch):
+        alike: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        for place, clip in group:
+            fault = clip if isinstance(clip, str) else _misfit(model, clip)
+            if isinstance(clip, str) or fault:
+                yield [place], str(fault)
+            else:
+                alike.setdefault(tuple(clip.shape), []).append((place, clip))
+        for members in alike.values():
+            yield [place for place, _ in members], _stacked([clip for _, clip in members])
+
+
+def _stacked(clips: list[Tensor]) -> Tensor:
+    """torch.stack that keeps the order in memory: a decoder's [F, H, W, C] buffers are copied as they lie."""
+    order = sorted(range(clips[0].dim()), key=clips[0].stride, reverse=True)
+    back = [1 + order.index(dim) for dim in range(len(order))]
+    return torch.stack([clip.permute(order) for clip in clips]).permute(0, *back)
+
+
+def _misfit(model: Encoder, clip: Tensor) -> str | None:
+    """Why the model cannot take this clip. One of another number of channels is no fault of the clip: ValueError."""
+    if clip.dim() == 4 and clip.shape[0] != model.config.in_chans:
+        raise ValueError(f"the clips have {clip.shape[0]} channels, this model takes {model.config.in_chans}")
+    try:
+        model.check_video(clip[None])
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def describe(dataset: Clips) -> tuple[list[int], list[str], list[Label]]:
+    """Clip ids, names and labels (a class by name where it has one) of a collection, in its order."""
+    records = getattr(dataset, "records", None)
+    if records is None:
+        return list(range(len(dataset))), [f"clip {i}" for i in range(len(dataset))], [None] * len(dataset)
+    labels = [r.label if r.label_name is None else r.label_name for r in records]
+    return [r.clip_id for r in records], [r.name for r in records], labels
+
+
+def _loaded(
+    dataset: Clips, todo: Sequence[int], modality: str, ids: Sequence[int], workers: int, batch: int
+) -> Iterator[tuple[int, Tensor | str]]:
+    """(place, pixels or why there are none) in order; at most `workers` and a batch of clips ahead of the one in use."""
+
+    def load(place: int) -> Any:
+        try:
+            item = dataset[place]
+        except (ValueError, OSError, EOFError, RuntimeError) as error:
+            return f"{getattr(error, 'reason', None) or error or type(error).__name__}"
+        return "cannot be read" if item is None else item
+
+    def pixels(place: int, item: Any) -> Tensor | str:
+        if isinstance(item, str):
+            return item
+        if "skipped" in item:  # a ClipDataset with on_broken="skip" keeps the reason to itself
+            return "cannot be read; the dataset skipped it"
+        if modality not in item:
+            raise ValueError(f"the dataset's items have no {modality!r}; they have {', '.join(map(str, item))}")
+        if int(item.get("clip_id", ids[place])) != ids[place]:
+            raise ValueError(f"item {place} of the dataset has clip id {int(item['clip_id'])}, expected {ids[place]}")
+        return item[modality]
+
+    if not workers:
+        yield from ((place, pixels(place, load(place))) for place in todo)
+        return
+    ahead: deque[tuple[int, Future[Any]]] = deque()
+    left = iter(todo)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="mmfast-load")
+    try:
+        while True:
+            while len(ahead) < workers + batch and (place := next(left, None)) is not None:
+                ahead.append((place, pool.submit(load, place)))
+            if not ahead:
+                return
+            place, future = ahead.popleft()
+            yield place, pixels(place, future.result())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(items: Iterator[tuple[int, Tensor | str]], size: int) -> Iterator[list[tuple[int, Tensor | str]]]:
+    group: list[tuple[int, Tensor | str]] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def one_of(name: str, value: str, known: Mapping[str, Any]) -> Any:
+    """known[value]; ValueError that lists what is known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return known[value]
+
+
+class FeatureStore:
+    """The features of a folder that `extract` filled, by any number of ranks in any number of runs.
+
+    Clips come in the order of their ids. A shard that is cut short, corrupt or gone is found when it is read, and named;
+    `extract` into the same folder does its clips again. Raises ValueError for a folder without features.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._reader = ShardReader(folder)
+        if self._reader.settings.get("what") != "features":
+            raise ValueError(f"{folder}: holds {self._reader.settings.get('what')}, not features")
+        self.settings = self._reader.settings
+
+    def __len__(self) -> int:
+        """Number of clips."""
+        return len(self._reader)
+
+    def __contains__(self, clip_id: int) -> bool:
+        return clip_id in self._reader
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """(clip id, features [P, D]) in order, read as they are asked for."""
+        return self._reader.iterate("features")
+
+    @property
+    def ids(self) -> list[int]:
+        """Clip ids, ascending."""
+        return self._reader.ids
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the clips, in the order of `ids`."""
+        return self._reader.names
+
+    @property
+    def labels(self) -> list[Label]:
+        """Classes of the clips in the order of `ids`: by name, or by number where there are no names, or None."""
+        return self._reader.labels
+
+    @property
+    def views(self) -> int:
+        """Views of every clip."""
+        return int(self.settings["views"])
+
+    @property
+    def failed(self) -> dict[int, tuple[str, str]]:
+        """Clips that could not be read: id -> (name, reason)."""
+        return self._reader.failed
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Shards whose files are gone or cut short: name -> fault."""
+        return self._reader.damaged
+
+    def features(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Features [n, P, D] of the clips asked for, in that order; of all of them when None. ValueError for one not there."""
+        chosen = self.ids if ids is None else ids.tolist() if isinstance(ids, Tensor) else ids
+        return self._reader.rows("features", chosen)
+
+    def verify(self) -> dict[str, str]:
+        """Read every shard through and compare with its sha256. Returns shard -> fault, for those that are damaged."""
+        return self._reader.verify()
