@@ -22,7 +22,7 @@ from .config import ViTConfig
 from .data.dataset import collate
 from .ensemble import micro_batch_size, run_in_micro_batches
 from .episode_sampler import EpisodeBatch, Episodes
-from .fewshot import LinearHead, LogisticRegression
+from .fewshot import LinearHead, LogisticRegression, few_threads
 from .masks import Grid, Pack, kept_per_slot, sample_pack
 
 
@@ -117,9 +117,10 @@ def evaluate_episodes(
     head = LogisticRegression() if head is None else head
     numbers, correct = [], []
     for part in episodes.batches(batch):
-        probabilities = batch_probabilities(support_features, query_features, part, head)
+        with few_threads(query_features.device, part.support.numel() * support_features[0].numel()):
+            probabilities = batch_probabilities(support_features, query_features, part, head).mean(2)
+            correct.append(count_correct(probabilities, part))
         numbers.append(part.number)
-        correct.append(count_correct(probabilities.mean(2), part))
     return make_result(numbers, correct, episodes)
 
 

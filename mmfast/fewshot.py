@@ -21,6 +21,7 @@ from . import profiling
 from .newton import chunks, newton, span, unspan
 
 _SOLVE_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of the many small problems that are solved together
+_FEW_PRODUCTS = 4_000_000_000  # about a second of one thread
 
 
 class LinearHead:
@@ -49,7 +50,7 @@ class LinearHead:
         self._start(support)
         rank = min(supports, dim) + 1
         each = 8 * (2 * supports * rank + 10 * n_way * (supports + rank))
-        with profiling.range("fewshot_fit"), _few_threads(support.device, supports):
+        with profiling.range("fewshot_fit"), few_threads(support.device, episodes * supports**2 * dim):
             for part in chunks(episodes, each, support.device, _SOLVE_BYTES):
                 own = torch.nn.functional.one_hot(labels[part].long(), n_way).mT.double()  # [e, n_way, S]
                 self._solve(part, support[part], own.contiguous())
@@ -92,7 +93,7 @@ class LinearHead:
         out = like.new_empty(episodes, count, n_way, dtype=torch.promote_types(like.dtype, torch.float32))
         if not out.numel():
             return out
-        with profiling.range("fewshot_predict"), _few_threads(like.device, count):
+        with profiling.range("fewshot_predict"), few_threads(like.device, out.numel() * dim):
             for part in chunks(episodes, 12 * count * (dim + n_way), like.device):
                 moved = self._moved(rows(part).to(torch.float64, copy=True), self.centre[part, None])
                 scores = torch.baddbmm(self.bias[part, :, None], self.weight[part], moved.mT)  # [e, n_way, Q]
@@ -265,11 +266,11 @@ def _unit(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _few_threads(device: torch.device, rows: int) -> Iterator[None]:
-    """One CPU thread while matrices are small: their work is below the cost of waking others, and far below that of
-    waiting for one that a busy machine has put off."""
+def few_threads(device: torch.device, products: int) -> Iterator[None]:
+    """One CPU thread for work of so few products: in small pieces it is below the cost of waking another thread, and far
+    below that of waiting for one that a busy machine has put off."""
     threads = torch.get_num_threads()
-    if device.type != "cpu" or rows > 128 or threads == 1:
+    if device.type != "cpu" or products > _FEW_PRODUCTS or threads == 1:
         yield
         return
     torch.set_num_threads(1)

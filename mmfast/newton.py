@@ -93,7 +93,7 @@ def newton(f: Tensor, own: Tensor, penalty: Tensor, max_iter: int, tol: float) -
         scaling = 1 / (penalty + squared * curvature.mean(2, keepdim=True)).clamp(min=_FLOOR)
         d, dz = _direction(f, own, penalty, p, gradient, scaling, done, tol)
         rate, slope = _rate(margins, _to_margins(dz, own), own, w, d, penalty, value, gradient)
-        w = torch.where(done[:, None, None], w, w + rate[:, None, None] * d)
+        w = w + rate[:, None, None] * d  # d is 0 where an episode is done
         small = d.abs().amax((1, 2)) <= tol * w.abs().amax((1, 2)).clamp(min=1.0)
         # Where even the full step gains less than the loss is rounded by, no further one can tell up from down.
         finished = done | (rate == 1) & (small | (-slope <= 2e-16 * value))

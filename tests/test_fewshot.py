@@ -164,6 +164,29 @@ def test_an_episode_is_what_it_is_alone() -> None:
     assert worst(together.predict_proba(q), each) < 1e-12
 
 
+def test_a_finished_episode_stands_still() -> None:
+    """Seen with a loose tol, where another step would still be far from rounding."""
+    parts = [draw(4, 3, 10, 1, noise, seed) for seed, noise in enumerate((0.3, 1.0, 3.0))]
+    x, y, _ = (torch.cat(t) for t in zip(*parts, strict=True))
+    together = LogisticRegression(C=100.0, tol=0.05).fit(x, y)
+    assert len(set(together.steps.tolist())) > 1
+    for e in range(3):
+        alone = LogisticRegression(C=100.0, tol=0.05).fit(x[e : e + 1], y[e : e + 1])
+        assert worst(together.weight[e], alone.weight[0]) < 1e-9
+
+
+def test_a_step_is_shortened_where_it_overshoots() -> None:
+    """Full steps need more than 50 in some of these episodes, features with heavy tails and next to no penalty."""
+    make = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 25, 24, generator=make, dtype=torch.float64) ** 3
+    torch.rand(4, 25, generator=make)
+    y = torch.randint(0, 5, (4, 25), generator=make)
+    y[:, :5] = torch.arange(5)
+    head = LogisticRegression(C=1e9).fit(x, y)
+    assert bool(head.converged.all())
+    assert int(head.steps.max()) < 45
+
+
 @pytest.mark.parametrize("head", [LogisticRegression(), Ridge(), Prototype()], ids=lambda h: type(h).__name__)
 def test_chunks_change_nothing(head: LogisticRegression, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, q = draw(3, 2, 9, episodes=5)
