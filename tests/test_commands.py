@@ -143,7 +143,10 @@ def test_a_stopped_command_ends_cleanly_and_goes_on(
     out = tmp_path / "f"
     options = ["--batch", "2", "--shard-size", "2", "--workers", "0", "--quiet"]
     arguments = ["extract", str(labelled), "--checkpoint", str(checkpoint), "--out", str(out), *options]
-    child = subprocess.Popen([sys.executable, "-c", _SLOW + _MAIN, *arguments], stderr=subprocess.PIPE, text=True)
+    # A background job of a shell is born deaf to Ctrl-C, and its children with it.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code = listen + _SLOW + _MAIN
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(list(out.glob("features-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
