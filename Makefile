@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# A process a core, one thread each: threads of several processes that wait for each other cost more than they give.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 .PHONY: bench test test-gpu lint clean
 
@@ -9,8 +11,8 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/ensemble_masked.py $(ARGS)
 
 test: .venv/.installed lint
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret
-	$(BIN)/python -m pytest -q -m "not interpret and not gpu"
+	TRITON_INTERPRET=1 $(TEST) -m interpret
+	$(TEST) -m "not interpret and not gpu"
 
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -q -m gpu

@@ -59,7 +59,7 @@ class Clips:
 
 def have_av() -> bool:
     try:
-        import av  # noqa: F401
+        import av  # noqa: F401 (only whether it is there)
     except ImportError:
         return False
     return True

@@ -129,7 +129,7 @@ def sklearn_accuracy(features: np.ndarray, episodes: Episodes, tol: float = 1e-4
 
 def threads_for_sklearn(features: np.ndarray, episodes: Episodes) -> int | None:
     """1 where scikit-learn's loop is faster with one thread than with its own choice (None)."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it has no types
 
     took: dict[int | None, float] = {}
     few = episodes.shard(0, max(1, len(episodes) // 20))

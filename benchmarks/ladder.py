@@ -7,14 +7,14 @@ import harness
 import torch
 from harness import Call
 from report import Ladder, Row
+from torch import nn
 from variants import BARE, OURS, Case, Gate, Rungs
 
-from mmfast import MaskedViT
 from mmfast.graphs import GRAPH_TOKENS
 
 
 @torch.no_grad()
-def spread_weights(model: MaskedViT, seed: int) -> None:
+def spread_weights(model: nn.Module, seed: int) -> None:
     """Random weights of a size at which attention is not uniform and classes differ, so that an error shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

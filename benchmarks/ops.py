@@ -45,7 +45,7 @@ class Op:
         for name, provider in self.providers.items():
             try:
                 errors[name] = relative_error(first(provider(*inputs)), truth)
-            except Exception as error:
+            except Exception as error:  # a provider that cannot run here is reported, of whatever it dies
                 raised[name] = f"{type(error).__name__}: {(str(error) or ' ').splitlines()[0]}"
         return errors, raised
 

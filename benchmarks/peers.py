@@ -173,6 +173,26 @@ def have_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
+def transformers_fields(config: "ViTConfig") -> dict[str, Any]:
+    """The encoder of a ViTConfig or MAEConfig as arguments of transformers' VideoMAEConfig."""
+    height, width = config.frame_size
+    if height != width:
+        raise ValueError(f"transformers takes square frames, this model {height} x {width}")
+    return dict(
+        image_size=height,
+        patch_size=config.patch_size,
+        num_channels=config.in_chans,
+        num_frames=config.num_frames,
+        tubelet_size=config.tubelet_size,
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.mlp_dim,
+        layer_norm_eps=config.norm_eps,
+        attn_implementation="sdpa",
+    )
+
+
 class HuggingFace:
     """transformers' VideoMAEForVideoClassification with the same weights: embeds all, then picks by a boolean mask."""
 
@@ -181,23 +201,7 @@ class HuggingFace:
 
         if config.final_norm or not config.fc_norm:
             raise ValueError("transformers' classifier has fc_norm and no final norm; this model differs")
-        height, width = config.frame_size
-        if height != width:
-            raise ValueError(f"transformers takes square frames, this model {height} x {width}")
-        fields: dict[str, Any] = dict(
-            image_size=height,
-            patch_size=config.patch_size,
-            num_channels=config.in_chans,
-            num_frames=config.num_frames,
-            tubelet_size=config.tubelet_size,
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.mlp_dim,
-            layer_norm_eps=config.norm_eps,
-            num_labels=config.num_classes,
-            attn_implementation="sdpa",
-        )
+        fields = transformers_fields(config) | {"num_labels": config.num_classes}
         weight = plain.head.weight
         self.plain = plain
         self.model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**fields))

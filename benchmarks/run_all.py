@@ -144,7 +144,7 @@ def main() -> int:
         print(f"\n{name}", flush=True)
         try:
             summary["sections"][name] = start(name, options, seconds)
-        except Exception as error:
+        except Exception as error:  # one section must not take the rest with it
             summary["sections"][name] = {"state": "failed", "why": repr(error), "seconds": 0.0}
         harness.write_json(options.out / "summary.json", summary)
     harness.write_json(options.out / "summary.json", summary)

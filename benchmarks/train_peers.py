@@ -13,7 +13,7 @@ targets of removed patches only, attention is scaled_dot_product_attention. Noth
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import peers
 import torch
@@ -44,7 +44,7 @@ class Qkv(nn.Module):
 class Block(peers.Block):
     def __init__(self, dim: int, hidden: int, heads: int, eps: float) -> None:
         super().__init__(dim, hidden, heads, eps)
-        self.qkv = Qkv(dim)  # type: ignore[assignment]
+        self.qkv = Qkv(dim)  # type: ignore[assignment]  # in place of a Linear
 
 
 class Encoder(nn.Module):
@@ -216,7 +216,7 @@ class PlainDistillation(nn.Module):
         return self.loss(own, wanted)
 
     def asked(self, videos: Sequence[Tensor]) -> "list[tuple[Features, Tensor]]":
-        return list(zip(self.teachers, videos[1:], strict=True))  # type: ignore[arg-type]
+        return list(zip(self.teachers, videos[1:], strict=True))  # type: ignore[arg-type]  # each one Features
 
     def loss(self, own: Tensor, wanted: Sequence[Tensor]) -> Tensor:
         parts = [F.mse_loss(mlp(own).float(), f.float()) for mlp, f in zip(self.mlps, wanted, strict=True)]
@@ -261,27 +261,13 @@ class HuggingFaceMAE(nn.Module):
         import transformers
 
         super().__init__()
-        height, width = config.frame_size
-        if height != width:
-            raise ValueError(f"transformers takes square frames, this model {height} x {width}")
-        fields: dict[str, Any] = dict(
-            image_size=height,
-            patch_size=config.patch_size,
-            num_channels=config.in_chans,
-            num_frames=config.num_frames,
-            tubelet_size=config.tubelet_size,
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.mlp_dim,
-            layer_norm_eps=config.norm_eps,
+        fields = peers.transformers_fields(config) | dict(
             decoder_hidden_size=config.decoder_embed_dim,
             decoder_num_hidden_layers=config.decoder_depth,
             decoder_num_attention_heads=config.decoder_num_heads,
             decoder_intermediate_size=config.decoder.mlp_dim,
             norm_pix_loss=config.normalize_target,
             use_mean_pooling=False,
-            attn_implementation="sdpa",
         )
         self.model = transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig(**fields))
         self.model.decoder.norm.eps = config.norm_eps

@@ -233,7 +233,7 @@ def check(rungs: Rungs, case: Case, calls: Mapping[str, Call]) -> Gate:
                 peaks[name] = peak_of(into(probs, name, call), rungs.device)
             else:
                 probs[name] = torch.as_tensor(call()).clone()
-        except Exception as error:
+        except Exception as error:  # a peer that cannot run here is reported, of whatever it dies
             if name == OURS or name.startswith("published"):
                 raise
             crashed[name] = f"{type(error).__name__}: {(str(error) or ' ').splitlines()[0]}"

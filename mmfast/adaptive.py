@@ -140,16 +140,19 @@ def evaluate_adaptive(
 def support_probabilities(
     features: Tensor, episodes: Episodes, *, head: Head | None = None, most: int = 20, batch: int = 300
 ) -> Tensor:
-    """What to calibrate a threshold on: class probabilities [M, P', N] of support clips, under each view.
+    """What to calibrate a threshold on: class probabilities [M, P, N] of support clips, under each view.
 
     features: [C, P, D]. Of each of the first `most` episodes every support is left out once, the head fitted to the others'
-    first view, and the one left out predicted under all P' = P views. With one shot a class has none left: there the head
-    sees every support's first view, and predicts the same clip under the other P' = P - 1, which flatters it.
-    Queries are not looked at. Raises ValueError for one shot and one view.
+    first view, and the one left out predicted under all P views. With one shot its class is left out with it, N is one
+    less, and what is predicted is as uncertain as a clip can be: good for `agreement`, which needs no right answer, and
+    on the safe side. Queries are not looked at. Raises ValueError for one shot of two classes.
     """
     check_features(features, features, episodes)
-    if episodes.k_shot == 1 and features.shape[1] < 2:
-        raise ValueError(f"features must have two views or more to calibrate on one shot, got {tuple(features.shape)}")
+    alone = episodes.k_shot == 1
+    if alone and episodes.n_way < 3:
+        raise ValueError(
+            f"episodes must have 3 classes or two shots to leave a support out, got {episodes.n_way} and one shot"
+        )
     head = LogisticRegression() if head is None else head
     seen = []
     left = most
@@ -158,15 +161,14 @@ def support_probabilities(
         labels = part.support_labels[:left].to(features.device)
         left -= len(support)
         first = support[:, :, 0]
-        if episodes.k_shot == 1:
-            each = head.fit(first, labels).predict_proba(support[:, :, 1:].flatten(1, 2))
-            seen.append(each.unflatten(1, (support.shape[1], -1)).flatten(0, 1))
-        else:
-            count = support.shape[1]
-            others = torch.arange(count - 1, device=features.device).expand(count, -1)
-            others = others + (others >= torch.arange(count, device=features.device)[:, None])  # [S, S - 1]
-            head.fit(first[:, others].flatten(0, 1), labels[:, others].flatten(0, 1))
-            seen.append(head.predict_proba(support.flatten(0, 1)))
+        count = support.shape[1]
+        others = torch.arange(count - 1, device=features.device).expand(count, -1)
+        others = others + (others >= torch.arange(count, device=features.device)[:, None])  # [S, S - 1]
+        classes = labels[:, others]  # [E, S, S - 1]
+        if alone:
+            classes = classes - (classes > labels[:, :, None]).to(classes.dtype)
+        head.fit(first[:, others].flatten(0, 1), classes.flatten(0, 1))
+        seen.append(head.predict_proba(support.flatten(0, 1)))
         if left <= 0:
             break
     return torch.cat(seen)

@@ -260,6 +260,6 @@ def _drop_teachers(module: nn.Module, state: dict[str, Any], prefix: str, _: Any
 
 def _keep_teachers(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give a state dict without teachers those that are here, so that a strict load misses none."""
-    own = module.teachers.state_dict(prefix=f"{prefix}teachers.")  # type: ignore[union-attr, operator]
+    own = module.teachers.state_dict(prefix=f"{prefix}teachers.")  # type: ignore[union-attr]  # a ModuleDict
     for name, tensor in own.items():
         state.setdefault(name, tensor)

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 # From GradScaler's first scale, 2**16, so many halvings lead to 2**-24, fp16's smallest number.
-_HALVINGS = 40
+HALVINGS = 40
 
 
 class _Scheduler(Protocol):
@@ -75,11 +75,11 @@ class StepGuard:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = _total_norm([p.grad for p in parameters], loss.device)
+        norm = total_norm([p.grad for p in parameters], loss.device)
         self.grad_norm = norm
         if self.clip_grad is not None:
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        bad_loss, bad_gradients, value = _read(loss.detach(), norm)
+        bad_loss, bad_gradients, value = check_step(loss.detach(), norm)
 
         if bad_loss:
             if self.scaler is not None:
@@ -136,7 +136,7 @@ class StepGuard:
         self.optimizer.zero_grad(set_to_none=True)
         self.overflowed += 1
         self._overflowed_in_a_row += 1
-        if self._overflowed_in_a_row >= self.patience + _HALVINGS:
+        if self._overflowed_in_a_row >= self.patience + HALVINGS:
             raise FloatingPointError(
                 f"step {self.steps}: gradients overflowed {self._overflowed_in_a_row} times in a row, "
                 f"{self.overflowed} in all, however far the scaler lowered its scale"
@@ -151,7 +151,7 @@ def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Norm of all gradients, [] on `device`; those sharded over different meshes (FSDP2), or not at all, may mix."""
     by_mesh: dict[Any, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -163,7 +163,7 @@ def _total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(device, torch.float32) for norm in whole]))
 
 
-def _read(loss: Tensor, norm: Tensor) -> tuple[bool, bool, float]:
+def check_step(loss: Tensor, norm: Tensor) -> tuple[bool, bool, float]:
     """Whether loss and gradients are bad on any rank, and this rank's loss: the only wait for the device."""
     flags = torch.stack((loss.isfinite(), norm.isfinite())).logical_not().float()
     if _several_ranks():

@@ -146,9 +146,9 @@ def _trunks(model: nn.Module) -> dict[str, int]:
         if blocks is None or not any(p.requires_grad for p in module.parameters()):
             continue
         name = _unwrapped(full_name)
-        found[name] = len(blocks)  # type: ignore[arg-type]  # a ModuleList or Sequential
+        found[name] = len(blocks)  # a ModuleList or Sequential
         if "patch_embed" in children:
-            with_embedding[name] = len(blocks)  # type: ignore[arg-type]
+            with_embedding[name] = len(blocks)
     # A masked autoencoder's decoder has blocks too; it is no trunk but comes after one.
     return with_embedding or dict(list(found.items())[:1])
 

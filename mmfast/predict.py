@@ -27,17 +27,14 @@ from .data.records import ClipRecord
 from .data.video import find_videos
 from .extract import (
     PRECISIONS,
-    Clips,
-    Encoder,
     Report,
     autocast,
-    describe,
     encoder,
     encoding_settings,
-    loaded_batches,
     one_of,
     run_sharded,
 )
+from .loading import Clips, Encoder, describe, loaded_batches
 from .masks import kept_per_slot
 from .shards import ShardReader, place_in_world, write_aside
 

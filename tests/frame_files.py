@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmfast.data.records import ClipRecord
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
 
+ALL = ("rgb", "flow", "pose")
 SIZE = (48, 80)  # of the pictures; flow is stored 28 x 28, heatmaps 14 x 14, as 224 and 56 are stored
 
 
@@ -53,3 +56,7 @@ def write_record(
         for number in numbers:
             write_frame(Path(sources[modality].format(number)), modality, number, clip_id)
     return ClipRecord(clip_id, f"clip-{clip_id}", sources, start, stop, label)
+
+
+def same_items(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)

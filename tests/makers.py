@@ -8,10 +8,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mmfast.checkpoints import load_pretrained_mae
 from mmfast.config import MAEConfig, ViTConfig
 from mmfast.vit import MaskedViT
 
 State = dict[str, Tensor]
+# What the shapes in a state dict of tiny_config or tiny_mae_config do not say.
+GEOMETRY: dict[str, Any] = dict(num_heads=2, img_size=32, num_frames=4)
+MAE_GEOMETRY: dict[str, Any] = dict(**GEOMETRY, decoder_num_heads=2)
 
 
 def tiny_config(**overrides: Any) -> ViTConfig:
@@ -187,3 +191,9 @@ def assert_same(got: State, expected: State) -> None:
     assert got.keys() == expected.keys()
     wrong = [name for name in got if not torch.equal(got[name], expected[name])]
     assert not wrong
+
+
+def loaded_mae(source: Any, **overrides: Any) -> tuple[MAEConfig, State, Any]:
+    """Config, state dict and report of a pre-training checkpoint of tiny_mae_config's geometry."""
+    model, report = load_pretrained_mae(source, **{**MAE_GEOMETRY, **overrides})
+    return model.config, dict(model.state_dict()), report

@@ -161,7 +161,8 @@ def test_row_statistics_are_few_loads() -> None:
 @pytest.mark.parametrize("d", backends.TRITON_WIDTHS)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", BACKWARD)
-def test_backward_in_single_precision(kernel: str, arch: int, d: int, precision: str) -> None:
+@pytest.mark.parametrize("kind", ["dense", "causal", "mixed"])
+def test_backward_in_single_precision(kernel: str, arch: int, d: int, precision: str, kind: str) -> None:
     config = tables.lookup("packed_attention_backward", kernel=kernel, arch=arch, dtype="fp32", d=d, n=392).config
-    report = compile_backward(kernel, arch, "fp32", d, config, "causal", precision).check()
+    report = compile_backward(kernel, arch, "fp32", d, config, kind, precision).check()
     assert (report.mma_shapes.total() > 0) == (precision == "tf32"), report

@@ -1,5 +1,6 @@
 """The backward kernels of the norm and of the pooling in every shipped configuration, compiled for sm_80 and sm_90."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,13 @@ WIDTHS = [192, 384, 768, 1024, 1280, 1408, 4096, 16384]
 STREAMS = [("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")]  # the stream's dtype and the branch's
 
 
-def shipped(gamma: bool, widths: list[int]) -> list[Any]:
-    """Every configuration for a width: the table's and what a tuning run would try."""
-    rows = [(d, tables.lookup("norm_backward", d=d, gamma=gamma)) for d in widths]
+def shipped() -> list[Any]:
+    """Every configuration that a launch may take: the table's and what a tuning run would try."""
+    cases = itertools.product(ARCHS, WIDTHS, (False, True), STREAMS)
     return [
-        pytest.param(d, config, id="-".join(map(str, [d, *config.values()])))
-        for d, row in rows
+        pytest.param(arch, d, gamma, types, config, id="-".join(map(str, [arch, d, gamma, *types, *config.values()])))
+        for arch, d, gamma, types in cases
+        for row in [tables.lookup("norm_backward", arch=arch, d=d, gamma=gamma, fp32="fp32" in types)]
         for config in (row.config, *row.alternatives)
     ]
 
@@ -33,10 +35,12 @@ def compile_backward(
     types: tuple[str, str],
     arch: int,
     *,
-    gamma: bool = False,
+    scaled: bool = False,
+    sums: bool = False,
     params: bool = True,
     dx: bool = True,
 ) -> Report:
+    """scaled: the branch has a gamma; sums: gamma's gradient is wanted; params: the norm's parameters' are."""
     stream, branch = types
     options = norm.backward_geometry(d, "fp32" in types, config)
     num_warps = options.pop("num_warps")
@@ -44,13 +48,15 @@ def compile_backward(
     signature |= dict.fromkeys(("weight_ptr", "mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
     if dx:
         signature |= {"ds_ptr": f"*{stream}", "dx_ptr": f"*{stream}"}
-    if gamma:
-        signature |= {"branch_ptr": f"*{branch}", "gamma_ptr": "*fp32"}
-    if dx and (gamma or stream != branch):
+    if scaled:
+        signature |= {"gamma_ptr": "*fp32"}
+    if sums:
+        signature |= {"branch_ptr": f"*{branch}"}
+    if dx and (scaled or stream != branch):
         signature["dbranch_ptr"] = f"*{branch}"
     strides = ("ds_stride", "dy_stride", "s_stride", "branch_stride")
     signature |= dict.fromkeys((*strides, "n_rows"), "i32")
-    constexprs: dict[str, Any] = options | {"PARAMS": params, "DGAMMA": gamma, "LAST": 2 if gamma else 1}
+    constexprs: dict[str, Any] = options | {"PARAMS": params, "DGAMMA": sums, "LAST": 2 if sums else 1}
     for name in norm_backward_triton.norm_backward_kernel.arg_names:
         if name not in signature and name not in constexprs:
             constexprs[name] = None
@@ -65,36 +71,22 @@ def check(report: Report, config: Mapping[str, Any]) -> None:
     assert report.load_bits[32] == 2, report  # a row's two statistics
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("types", STREAMS[:2], ids="-".join)
-@pytest.mark.parametrize(("d", "config"), shipped(False, WIDTHS))
-def test_norm_backward(d: int, config: Mapping[str, Any], types: tuple[str, str], arch: int) -> None:
-    report = compile_backward(d, config, types, arch, params=not config["apart"])
+@pytest.mark.parametrize(("arch", "d", "gamma", "types", "config"), shipped())
+def test_norm_backward(arch: int, d: int, gamma: bool, types: tuple[str, str], config: Mapping[str, Any]) -> None:
+    apart = config["apart"]
+    report = compile_backward(d, config, types, arch, scaled=gamma, sums=gamma and not apart, params=not apart)
     check(report, config)
-    if types == ("bf16", "bf16"):
+    if len(set(types)) == 1:
         assert report.load_bits[64] == 0, report
-    if config["apart"]:
+    if apart:
         check(compile_backward(d, config, types, arch, dx=False), config)
-
-
-@pytest.mark.parametrize("types", STREAMS, ids="-".join)
-@pytest.mark.parametrize(("d", "config"), shipped(True, [384, 768, 1024, 1408]))
-def test_norm_backward_with_gamma(d: int, config: Mapping[str, Any], types: tuple[str, str]) -> None:
-    check(compile_backward(d, config, types, 90, gamma=True), config)
-
-
-@pytest.mark.parametrize(("d", "config"), shipped(False, WIDTHS))
-def test_norm_backward_in_fp32(d: int, config: Mapping[str, Any]) -> None:
-    report = compile_backward(d, config, STREAMS[2], 90, params=not config["apart"])
-    check(report, config)
-    assert report.load_bits[64] == 0, report
 
 
 @pytest.mark.parametrize("types", STREAMS, ids="-".join)
 @pytest.mark.parametrize("d", [384, 768, 1024])
 def test_no_barrier_between_rows(d: int, types: tuple[str, str]) -> None:
     """Without sums to join at the end, a kernel of one warp a row has nothing to wait for."""
-    config = tables.lookup("norm_backward", d=d, gamma=False).config
+    config = tables.lookup("norm_backward", arch=90, d=d, gamma=False, fp32="fp32" in types).config
     report = compile_backward(d, config, types, 90, params=False).check()
     assert report.instructions["BAR"] == 0, report
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from makers import assert_same, canonical, hf_config, hf_videomae, save_hf, tiny_config
+from makers import GEOMETRY, assert_same, canonical, hf_config, hf_videomae, save_hf, tiny_config
 
 from mmfast.checkpoints import convert, export_config, export_state, load_pretrained_vit
 from mmfast.config import ViTConfig
 from mmfast.vit import MaskedViT
-
-GEOMETRY: dict[str, Any] = dict(num_heads=2, img_size=32, num_frames=4)
 
 
 @pytest.mark.parametrize("dialect", ["videomae_finetune", "hf_videomae", "hf_videomae_v5"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from makers import (
+    MAE_GEOMETRY,
     assert_same,
     hf_config,
     hf_pretrain,
@@ -24,7 +25,6 @@ from mmfast.mae import MaskedAutoencoder
 from mmfast.masks import tube_masks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-GEOMETRY: dict[str, Any] = dict(num_heads=2, decoder_num_heads=2, img_size=32, num_frames=4)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ GEOMETRY: dict[str, Any] = dict(num_heads=2, decoder_num_heads=2, img_size=32, n
 def test_export_and_convert_is_a_round_trip(dialect: str, classes: int) -> None:
     config = tiny_mae_config(num_classes=classes)
     state = videomae_pretrain(config)
-    got = convert(export_mae_state(state, config, dialect), model="MaskedAutoencoder", **GEOMETRY, norm_eps=1e-6,
+    got = convert(export_mae_state(state, config, dialect), model="MaskedAutoencoder", **MAE_GEOMETRY, norm_eps=1e-6,
                   fc_norm_eps=1e-6, decoder_norm_eps=1e-6, head_drop_rate=0.0)  # fmt: skip
     assert got.config == config
     assert_same(got.state, state)
@@ -79,7 +79,7 @@ def test_each_function_exports_its_own_model() -> None:
     with pytest.raises(ValueError, match="use export_mae_state"):
         export_state(state, tiny_mae_config(), "hf_videomae")
     with pytest.raises(TypeError, match="config must be a MAEConfig"):
-        export_mae_state(state, tiny_config(), "videomae_pretrain")  # type: ignore[arg-type]
+        export_mae_state(state, tiny_config(), "videomae_pretrain")
 
 
 # -- transformers itself -----------------------------------------------------------------------------------------------

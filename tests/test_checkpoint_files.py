@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from makers import State, canonical, tiny_config
+from makers import GEOMETRY, State, canonical, tiny_config
 
 from mmfast.checkpoints import container, convert, read, save_pretrained
 from mmfast.vit import MaskedViT
-
-GEOMETRY: dict[str, Any] = dict(num_heads=2, img_size=32, num_frames=4)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +252,7 @@ def test_a_missing_path_is_not_downloaded() -> None:
 
 def test_a_model_in_place_of_its_state_dict() -> None:
     with pytest.raises(TypeError, match=r"got MaskedViT; pass its \.state_dict\(\)"):
-        read(MaskedViT(tiny_config()))  # type: ignore[arg-type]
+        read(MaskedViT(tiny_config()))
 
 
 def test_an_empty_folder_says_what_it_holds(tmp_path: Path) -> None:

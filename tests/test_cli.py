@@ -60,7 +60,7 @@ def light(monkeypatch: Any) -> list[list[str]]:
         raise ValueError("nothing is right")
 
     module = ModuleType("mmfast.commands")
-    module.COMMANDS = {"convert": convert, "fail": fail}  # type: ignore[attr-defined]
+    module.COMMANDS = {"convert": convert, "fail": fail}
     monkeypatch.setitem(sys.modules, "mmfast.commands", module)
     return calls
 
@@ -258,3 +258,27 @@ def test_last_of_a_run_that_has_none_starts_from_the_beginning(light: Any, tmp_p
 def test_a_missing_checkpoint_is_an_error_of_one_line(light: Any, tmp_path: Path, capsys: Any) -> None:
     assert pretrain(tmp_path, "--ckpt_path", str(tmp_path / "no.ckpt")) == 1
     assert "no.ckpt" in capsys.readouterr().err.splitlines()[-1]
+
+
+def distill(out: Path, student: Path, *flags: str) -> int:
+    what = ["--model.student", str(student), "--model.teachers", json.dumps({"rgb": "student"})]
+    data = clips("target", "target", "unlabelled")
+    return main(["distill", "--out", str(out), *what, *data, *SMALL, "--trainer.max_epochs", "2", *flags])
+
+
+def test_checkpoints_of_another_stage_are_refused(light: Any, tmp_path: Path, capsys: Any) -> None:
+    rgb, student = tmp_path / "rgb", tmp_path / "student"
+    assert pretrain(rgb) == 0
+    assert list((rgb / "logs" / "version_0").glob("events.out.tfevents*"))  # TensorBoard's, beside the table
+    last = rgb / "checkpoints" / "last.ckpt"
+    assert distill(student, rgb / "model", "--ckpt_path", str(last)) == 1
+    assert "ckpt_path must be a checkpoint of this very run, got one of another" in capsys.readouterr().err
+    assert distill(student, last) == 1
+    assert "the model it made is in the folder model" in capsys.readouterr().err
+    assert distill(student, tmp_path / "none") == 1
+    assert f"{tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_overfitting_batches_is_refused_with_another_way(light: Any, tmp_path: Path, capsys: Any) -> None:
+    assert pretrain(tmp_path, "--trainer.overfit_batches", "2") == 1
+    assert "trainer.overfit_batches must be 0 here, got 2" in capsys.readouterr().err

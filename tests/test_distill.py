@@ -2,58 +2,16 @@
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
-from makers import tiny_config
+from distill_makers import GRID, clips, make, masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmfast.distill import CrossModalTranslate, ModalityWeights, MultimodalDistillation
-from mmfast.masks import sample_pack, tube_masks
+from mmfast.masks import sample_pack
 from mmfast.optim import param_groups
-from mmfast.vit import MaskedViT
-
-GRID = (2, 2, 2)
-CHANNELS = {"rgb": 3, "flow": 2, "pose": 21}
-
-
-def vit(modality: str = "rgb", seed: int = 0, **overrides: Any) -> MaskedViT:
-    """Pose has another patch and size, and the same token grid."""
-    torch.manual_seed(seed)
-    small = dict(img_size=8, patch_size=4) if modality == "pose" else {}
-    tiny = tiny_config(in_chans=CHANNELS[modality], num_classes=0, final_norm=True, **{**small, **overrides})
-    model = MaskedViT(tiny)
-    for parameter in model.parameters():  # LayerNorms and biases too, so that a norm left out shows
-        nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def teachers(*modalities: str, **overrides: Any) -> dict[str, MaskedViT]:
-    return {modality: vit(modality, seed, **overrides) for seed, modality in enumerate(modalities, 1)}
-
-
-def make(*modalities: str, **options: Any) -> MultimodalDistillation:
-    model = MultimodalDistillation(vit(), teachers(*(modalities or ("flow", "rgb", "pose"))), **options)
-    torch.manual_seed(9)
-    for parameter in model.translate.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def clips(batch: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    sides = {"rgb": 32, "flow": 32, "pose": 8}
-    return {
-        modality: torch.randn(batch, channels, 4, sides[modality], sides[modality], generator=draw).to(dtype)
-        for modality, channels in CHANNELS.items()
-    }
-
-
-def masks(batch: int = 3, views: int = 1) -> Tensor:
-    mask = tube_masks(batch, views, GRID, 0.5, seed=1)
-    return mask if views > 1 else mask[:, 0]
 
 
 def formula(model: MultimodalDistillation, videos: dict[str, Tensor], mask: Tensor, modality: str) -> Tensor:
@@ -161,7 +119,7 @@ def test_features_stand_in_for_a_teacher_and_its_clips(views: int) -> None:
 def test_a_teacher_whose_features_are_given_does_not_run() -> None:
     model, calls = make(), []
     model.teachers["flow"].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.teachers["flow"].encode = lambda *_: pytest.fail("the teacher ran")  # type: ignore[assignment]
+    model.teachers["flow"].encode = lambda *_: pytest.fail("the teacher ran")
     model(clips(), masks(), features={"flow": cached(make(), "flow")})
 
 
@@ -325,95 +283,3 @@ def test_weights_enter_the_total() -> None:
     model = make(weights=ModalityWeights(init={"flow": 0.5, "rgb": 2.0, "pose": 3.0}))
     out = model(clips(), masks())
     torch.testing.assert_close(out["total"], 0.5 * out["mse_flow"] + 2 * out["mse_rgb"] + 3 * out["mse_pose"])
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: MultimodalDistillation(vit(), {}), "teachers is empty"),
-        (
-            lambda: MultimodalDistillation(vit(), teachers("flow"), CrossModalTranslate(64, ("rgb",))),
-            "teachers has 'flow'; translate knows rgb only",
-        ),
-        (
-            lambda: MultimodalDistillation(vit(), teachers("flow"), weights=ModalityWeights(("rgb",))),
-            "weights must know 'flow' as translate does, got rgb",
-        ),
-        (
-            lambda: MultimodalDistillation(vit(), teachers("flow", embed_dim=32)),
-            r"teachers\['flow'\] must have the student's width 64, got 32",
-        ),
-        (
-            lambda: MultimodalDistillation(vit(), teachers("flow"), CrossModalTranslate(32, ("flow",))),
-            "translate must have the student's width 64, got 32",
-        ),
-        (lambda: CrossModalTranslate(8, ()), "modalities must be one or more different names"),
-        (lambda: CrossModalTranslate(8, ("rgb", "rgb")), "modalities must be one or more different names"),
-        (lambda: CrossModalTranslate(8, hidden=0), "hidden must be at least 1, got 0"),
-        (lambda: ModalityWeights(init={"rgb": 1.0}), "init must have a weight for each of flow, rgb, pose, got rgb"),
-        (lambda: ModalityWeights(init=-1.0), "init of flow must be finite and at least 0, got -1.0"),
-        (lambda: ModalityWeights(learnable=True, init=0.0), "init of flow must be finite and above 0, got 0.0"),
-    ],
-    ids=lambda v: "" if callable(v) else None,
-)
-def test_constructors_say_what_is_wrong(build: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build()
-
-
-def test_the_student_cannot_teach_itself() -> None:
-    student = vit()
-    with pytest.raises(ValueError, match=r"teachers\['rgb'\] shares parameters with the student"):
-        MultimodalDistillation(student, {"rgb": student})
-    assert all(p.requires_grad for p in student.parameters())
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: MultimodalDistillation(nn.Linear(2, 2), {}), "student must be a MaskedViT, got Linear"),  # type: ignore[arg-type]
-        (lambda: MultimodalDistillation(vit(), {"rgb": nn.Linear(2, 2)}), r"teachers\['rgb'\] must be a MaskedViT"),
-        (lambda: CrossModalTranslate(8, "rgb"), "modalities must be several names, got the string 'rgb'"),
-    ],
-    ids=["student", "teacher", "modalities"],
-)
-def test_constructors_name_a_wrong_type(build: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        build()
-
-
-@pytest.mark.parametrize(
-    ("changes", "features", "message"),
-    [
-        ({"rgb": None}, {}, "videos must have 'rgb', the student's modality, got flow, pose"),
-        ({"flow": None}, {}, "videos has no 'flow', and features has none either"),
-        ({"depth": torch.zeros(1)}, {}, "videos has the unknown modality 'depth'; known are flow, rgb, pose"),
-        ({}, {"Flow": torch.zeros(3, 64)}, "features has the unknown modality 'Flow'"),
-        (
-            {},
-            {"flow": torch.zeros(3, 32)},
-            r"features\['flow'\] must be \(3, 64\), as the student's are, got \(3, 32\)",
-        ),
-        (
-            {"pose": torch.zeros(3, 21, 4, 12, 8)},
-            {},
-            r"videos\['pose'\] has the token grid \(2, 3, 2\), .* \(2, 2, 2\)",
-        ),
-        ({"pose": torch.zeros(3, 21, 4, 9, 8)}, {}, r"videos\['pose'\]: video is 9 x 8"),
-        ({"flow": torch.zeros(2, 2, 4, 32, 32)}, {}, r"videos\['flow'\] must have 3 clips, .* got 2"),
-    ],
-    ids=["no_rgb", "no_flow", "unknown", "unknown_features", "width", "grid", "size", "batch"],
-)
-def test_forward_says_what_is_wrong(changes: dict[str, Any], features: dict[str, Tensor], message: str) -> None:
-    videos = {m: v for m, v in {**clips(), **changes}.items() if v is not None}
-    with pytest.raises(ValueError, match=message):
-        make()(videos, masks(), features=features)
-
-
-def test_without_teachers_features_are_needed() -> None:
-    alone = MultimodalDistillation(vit(), {}, CrossModalTranslate(64))
-    with pytest.raises(ValueError, match="features must be given: there are no teachers"):
-        alone(clips(), masks())

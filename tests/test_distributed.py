@@ -66,9 +66,9 @@ def wrap(model: nn.Module, wrapper: str) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for block in (model.student if isinstance(model, MultimodalDistillation) else model).blocks:  # type: ignore[union-attr]
+    for block in (model.student if isinstance(model, MultimodalDistillation) else model).blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+    return fully_shard(model, mesh=mesh)
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

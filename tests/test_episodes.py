@@ -1,34 +1,21 @@
-"""Episodes, their evaluation from cached features, fresh masks, adaptive ensembles."""
+"""Episodes, their evaluation from cached features, fresh masks."""
 
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from episode_makers import LABELS, features, small
 from makers import tiny_config
 from sklearn.linear_model import LogisticRegression as SklearnLogistic
 from torch import Tensor
 
 from mmfast import MaskedViT, tube_masks
-from mmfast.adaptive import (
-    AdaptiveResult,
-    adaptive_ensemble,
-    calibrate_threshold,
-    evaluate_adaptive,
-    margin,
-    support_probabilities,
-)
 from mmfast.episodes import EpisodeResult, Episodes, encode_views, evaluate_episodes, evaluate_fresh
 from mmfast.fewshot import Prototype
 
-LABELS = torch.arange(7).repeat(13)  # 13 clips of each of 7 classes
 SUPPORT = [4, 11, 80, 66, 40, 12]
 QUERY = [88, 32, 67, 39, 24, 45, 10, 87, 68, 33, 75, 19]
-
-
-def small(**changes: Any) -> Episodes:
-    options: dict[str, Any] = dict(n_way=3, k_shot=2, n_query=4, episodes=11, seed=5)
-    return Episodes(LABELS, **{**options, **changes})
 
 
 def drawn(episodes: Episodes) -> dict[int, list[list[int]]]:
@@ -144,14 +131,6 @@ def test_places_out_of_range_are_refused() -> None:
 
 
 # -- accuracy ---------------------------------------------------------------------------------------------------
-
-
-def features(views: int = 3, dim: int = 12, noise: float = 2.0) -> Tensor:
-    """[C, P, D]: of each class around a point, views of a clip around the clip."""
-    make = torch.Generator().manual_seed(3)
-    centre = torch.randn(7, 1, dim, generator=make)[LABELS]
-    clip = centre + noise * torch.randn(len(LABELS), 1, dim, generator=make)
-    return clip + 0.7 * torch.randn(len(LABELS), views, dim, generator=make)
 
 
 def test_accuracy_is_that_of_a_loop_over_episodes_with_scikit_learn() -> None:
@@ -294,7 +273,7 @@ def test_fresh_masks_are_drawn_for_every_episode() -> None:
 
 def test_fresh_masks_of_one_clip_differ_between_episodes() -> None:
     net, seen = model(), []
-    net.encode = lambda video, pack: seen.append(pack.keep_idx.tolist()) or torch.zeros(pack.num_sequences, 64)  # type: ignore[assignment, func-returns-value]
+    net.encode = lambda video, pack: seen.append(pack.keep_idx.tolist()) or torch.zeros(pack.num_sequences, 64)
     episodes = Episodes([0] * 2, n_way=1, k_shot=1, n_query=1, episodes=12)
     evaluate_fresh(net, Clips(torch.tensor([0, 0])), episodes, 1, 0.75, head=Prototype(), progress=False)
     assert len({str(kept) for kept in seen}) > 3
@@ -311,112 +290,3 @@ def test_fresh_masks_need_every_clip() -> None:
 def test_encoding_refuses(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(change))} must"):
         encode_views(model(), Clips(LABELS[:3]), progress=False, **change)
-
-
-# -- adaptive ensembles -----------------------------------------------------------------------------------------
-
-
-def test_margin_is_of_the_two_largest() -> None:
-    assert margin(torch.tensor([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5]])).tolist() == pytest.approx([0.5, 0.0])
-    assert margin(torch.ones(2, 1)).tolist() == [1, 1]
-
-
-def test_views_are_added_only_where_it_is_uncertain() -> None:
-    known = torch.tensor([[[0.9, 0.1], [0.0, 1.0], [0.0, 1.0]], [[0.6, 0.4], [0.9, 0.1], [0.0, 1.0]], [[0.5, 0.5]] * 3])
-    asked = []
-
-    def view(which: Tensor, v: int) -> Tensor:
-        asked.append((v, which.tolist()))
-        return known[which, v]
-
-    mean, used = adaptive_ensemble(view, 3, 3, 0.4)
-    assert asked == [(0, [0, 1, 2]), (1, [1, 2]), (2, [2])]
-    assert used.tolist() == [1, 2, 3]
-    torch.testing.assert_close(mean, torch.tensor([[0.9, 0.1], [0.75, 0.25], [0.5, 0.5]]))
-
-
-def test_thresholds_at_the_ends_are_one_view_and_all() -> None:
-    known, episodes = features(), small()
-    one = evaluate_adaptive(known[:, 0], known, episodes, 0.0, batch=4)
-    full = evaluate_adaptive(known[:, 0], known, episodes, float("inf"))
-    first = evaluate_episodes(known[:, 0], known[:, :1], episodes)
-    assert (one.mean_views, full.mean_views, full.agreement) == (1.0, 3.0, 1.0)
-    assert torch.equal(one.adaptive.correct, first.correct)
-    assert torch.equal(full.adaptive.correct, full.full.correct)
-    assert not torch.equal(one.adaptive.correct, full.full.correct)
-
-
-def test_merged_adaptive_shards_equal_the_whole() -> None:
-    known, episodes = features(), small()
-    whole = evaluate_adaptive(known[:, 0], known, episodes, 0.5)
-    parts = [evaluate_adaptive(known[:, 0], known, episodes.shard(rank, 2), 0.5) for rank in (0, 1)]
-    assert str(AdaptiveResult.merge(parts)) == str(whole)
-    assert 1 < whole.mean_views < 3
-
-
-def test_calibration_meets_what_it_is_asked_for() -> None:
-    known = features(views=4, noise=1.0)
-    each = support_probabilities(known, small())
-    agreements, views = [], []
-    for agreement in (0.0, 0.9, 0.97, 1.0):
-        threshold = calibrate_threshold(each, agreement=agreement)
-        mean, used = adaptive_ensemble(lambda which, v: each[which, v], len(each), 4, threshold)
-        agreements.append(float((mean.argmax(1) == each.mean(1).argmax(1)).double().mean()))
-        views.append(float(used.double().mean()))
-        assert agreements[-1] >= agreement
-    assert views == sorted(views)
-    assert views[0] == 1 < views[1] < views[3]
-    for budget in (1.0, 1.5, 2.5, 4.0):
-        threshold = calibrate_threshold(each, mean_views=budget)
-        used = adaptive_ensemble(lambda which, v: each[which, v], len(each), 4, threshold)[1]
-        assert budget - 0.3 < used.double().mean() <= budget
-
-
-@pytest.mark.parametrize("k_shot", [1, 2])
-def test_calibration_looks_at_support_clips_only(k_shot: int) -> None:
-    known, episodes = features(), small(k_shot=k_shot, episodes=3)
-    supports = {i for support, _ in episodes for i in support.tolist()}
-    for clip in set(range(len(known))) - supports:
-        known[clip] = float("nan")
-    each = support_probabilities(known, episodes)
-    assert each.shape[0] == 3 * 3 * k_shot
-    assert bool(each.isfinite().all())
-
-
-def test_calibration_leaves_the_predicted_clip_out() -> None:
-    known, episodes = features(), small(episodes=1)
-    ((support, _),) = list(episodes)
-    first = known[support, 0]
-    kept = [0, 1, 2, 4, 5]
-    head = Prototype().fit(first[kept][None], torch.tensor([[0, 0, 1, 2, 2]]))
-    expected = head.predict_proba(known[support[3]][None])[0]
-    torch.testing.assert_close(support_probabilities(known, episodes, head=Prototype())[3], expected)
-
-
-def test_calibration_refuses() -> None:
-    each = torch.rand(5, 3, 4)
-    with pytest.raises(ValueError, match="one of agreement and mean_views must be given"):
-        calibrate_threshold(each)
-    with pytest.raises(ValueError, match="agreement must lie in"):
-        calibrate_threshold(each, agreement=1.5)
-    with pytest.raises(ValueError, match="mean_views must be at least 1"):
-        calibrate_threshold(each, mean_views=0.5)
-    with pytest.raises(ValueError, match="view_probabilities must be"):
-        calibrate_threshold(each[:0], agreement=0.9)
-    with pytest.raises(ValueError, match="two views or more"):
-        support_probabilities(features(views=1), small(k_shot=1))
-    with pytest.raises(ValueError, match="threshold must be at least 0"):
-        evaluate_adaptive(features()[:, 0], features(), small(), -0.1)
-
-
-@pytest.mark.gpu
-def test_same_accuracy_on_the_gpu() -> None:
-    known, episodes = features(), small()
-    there = known.cuda()
-    assert torch.equal(
-        evaluate_episodes(there[:, 0], there, episodes).correct,
-        evaluate_episodes(known[:, 0], known, episodes).correct,
-    )
-    here = evaluate_adaptive(known[:, 0], known, episodes, 0.5)
-    assert str(evaluate_adaptive(there[:, 0], there, episodes, 0.5)) == str(here)
-    assert len(support_probabilities(there, episodes)) == len(support_probabilities(known, episodes))

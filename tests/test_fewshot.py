@@ -319,7 +319,7 @@ def test_predict_refuses_what_was_not_fitted() -> None:
         (lambda: Prototype("manhattan"), "metric must be"),
     ],
 )
-def test_constructors_refuse(make, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_constructors_refuse(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -267,7 +267,7 @@ def test_loss_must_be_one_number() -> None:
     with pytest.raises(ValueError, match=r"loss must have one element, got shape \(2,\)"):
         rig.guard.step(torch.ones(2))
     with pytest.raises(TypeError, match="loss must be a tensor, got float"):
-        rig.guard.step(math.pi)  # type: ignore[arg-type]
+        rig.guard.step(math.pi)
 
 
 def test_state_dict_must_be_whole() -> None:

@@ -83,4 +83,4 @@ def test_no_hands_and_no_frames() -> None:
 )
 def test_bad_input_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        hand_heatmaps(**{"keypoints": _one(1.0, 1.0), **options})  # type: ignore[arg-type]
+        hand_heatmaps(**{"keypoints": _one(1.0, 1.0), **options})

@@ -35,6 +35,7 @@ FLOORS = {
     "mmfast.episodes": 4.1,
     "mmfast.adaptive": 4.2,
     "mmfast.shards": 2,
+    "mmfast.loading": 2,
     "mmfast.extract": 4.5,
     "mmfast.predict": 4.5,
     "mmfast.stages": 5,

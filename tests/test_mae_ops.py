@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
+from lanes import BOTH, KERNEL, gpu
 from numerics import assert_close_to_truth
 from torch import Tensor, nn
 
@@ -16,16 +17,11 @@ from mmfast_kernels.mae import (
     masked_patch_targets,
 )
 
-gpu = pytest.mark.gpu
-interpret = pytest.mark.interpret
 LANES = [
     pytest.param("cpu", torch.float32, id="plain-fp32"),
     pytest.param("cpu", torch.bfloat16, id="plain-bf16"),
-    pytest.param("cpu", torch.float32, id="interpreter-fp32", marks=interpret),
-    pytest.param("cpu", torch.float16, id="interpreter-fp16", marks=interpret),
-    *[pytest.param("cuda", t, marks=gpu) for t in (torch.float32, torch.float16, torch.bfloat16)],
+    *KERNEL,
 ]
-BOTH = ["plain", pytest.param("kernel", marks=interpret)]
 # (channels, tubelet, patch): a block that pixels fill, 392 and 27 of them, 21 channels, one, and more than 512 pixels
 PATCHES = {"rgb16": (3, 2, 16), "flow14": (2, 2, 14), "pose4": (21, 2, 4), "depth3": (1, 3, 3), "long16": (3, 4, 16)}
 

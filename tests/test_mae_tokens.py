@@ -4,22 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lanes import BOTH, KERNEL, gpu, interpret
 from numerics import assert_close_to_truth
 from torch import Tensor
 
 from mmfast_kernels.mae import decoder_tokens
 from mmfast_kernels.mae_tokens import decoder_tokens_op, decoder_tokens_ref, masked_rows_sum_op
 
-gpu = pytest.mark.gpu
-interpret = pytest.mark.interpret
 LANES = [
     pytest.param("cpu", torch.float32, id="plain-fp32"),
     pytest.param("cpu", torch.bfloat16, id="plain-bf16"),
-    pytest.param("cpu", torch.float32, id="interpreter-fp32", marks=interpret),
-    pytest.param("cpu", torch.float16, id="interpreter-fp16", marks=interpret),
-    *[pytest.param("cuda", t, marks=gpu) for t in (torch.float32, torch.float16, torch.bfloat16)],
+    *KERNEL,
 ]
-BOTH = ["plain", pytest.param("kernel", marks=interpret)]
 
 
 def tokens(

@@ -235,7 +235,7 @@ def test_a_written_manifest_moves_with_its_files(files, tmp_path_factory):
 def test_a_failed_write_leaves_the_old_manifest(files):
     path = write_manifest(_records(files), files / "list.json")
     before = path.read_bytes()
-    broken = [replace(_records(files)[0], label_name=object())]  # type: ignore[arg-type]
+    broken = [replace(_records(files)[0], label_name=object())]
     with pytest.raises(TypeError):
         write_manifest(broken, path)
     assert path.read_bytes() == before

@@ -164,7 +164,8 @@ def test_parameters_in_a_launch_apart(scaled: bool, monkeypatch: pytest.MonkeyPa
     config = {"num_warps": 4, "row_warps": 4, "programs": 2, "apart": True}
     monkeypatch.setattr(norm.tables, "lookup", lambda *_, **__: Row({}, config | {"elements": 8}, ()))
     check(inputs(40, 5), NAMES if scaled else NAMES[:4])
-    check(inputs(40, 5), NAMES if scaled else NAMES[:4], wanted=["x", "weight"])
+    for wanted in (["x", "weight"], ["branch"], *([["gamma"], ["branch", "gamma", "bias"]] if scaled else [])):
+        check(inputs(40, 5), NAMES if scaled else NAMES[:4], wanted=wanted)
 
 
 @interpret

@@ -163,7 +163,7 @@ def test_param_groups_says_what_is_wrong(arguments: dict[str, Any], message: str
 
 def test_model_must_be_a_module() -> None:
     with pytest.raises(TypeError, match="model must be an nn.Module, got dict"):
-        param_groups({})  # type: ignore[arg-type]
+        param_groups({})
 
 
 def test_scale_lr_gives_the_published_rates() -> None:

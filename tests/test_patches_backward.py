@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import BOTH, KERNEL, gpu, interpret
 from numerics import assert_close_to_truth
 from test_patches import PATCHES, inputs
 from torch import Tensor
@@ -12,15 +13,10 @@ from torch import Tensor
 from mmfast_kernels.patches import tube_embed, tube_embed_ref
 from mmfast_kernels.patches_backward import tube_embed_dweight_op
 
-gpu = pytest.mark.gpu
-interpret = pytest.mark.interpret
 LANES = [
     pytest.param("cpu", torch.float32, id="plain-fp32"),
-    pytest.param("cpu", torch.float32, id="interpreter-fp32", marks=interpret),
-    pytest.param("cpu", torch.float16, id="interpreter-fp16", marks=interpret),
-    *[pytest.param("cuda", t, marks=gpu) for t in (torch.float32, torch.float16, torch.bfloat16)],
+    *KERNEL,
 ]
-BOTH = ["plain", pytest.param("kernel", marks=interpret)]
 Op = Callable[..., Tensor]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lanes import KERNEL, interpret
 from numerics import assert_close_to_truth
 from torch import Tensor
 
@@ -17,11 +18,6 @@ from mmfast_kernels.pool import (
     segment_mean_norm_ref,
 )
 
-gpu = pytest.mark.gpu
-interpret = pytest.mark.interpret
-LANES = [pytest.param("cpu", torch.float32, marks=interpret), pytest.param("cpu", torch.float16, marks=interpret)] + [
-    pytest.param("cuda", dtype, marks=gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-]
 NORMS = {
     "mean": (),
     "fc_norm": ("weight", "bias"),
@@ -54,13 +50,13 @@ def check(x: Tensor, cu: Tensor | None, params: dict[str, Tensor], length: int |
 
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("d", [8, 100, 192])
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 def test_unequal_lengths(norms: str, d: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     x, params = inputs(d, sum(LENGTHS), dtype, device)
     check(x, bounds(device), {name: params[name] for name in NORMS[norms]})
 
 
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 @pytest.mark.parametrize("sequences", [0, 1, 3])
 def test_equal_lengths(sequences: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     x, params = inputs(40, 10 * sequences, dtype, device)
@@ -132,7 +128,7 @@ def test_pooling_gradients(lane: str) -> None:
     torch.testing.assert_close(got, torch.autograd.grad(want, leaves, cotangent))
 
 
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 @pytest.mark.parametrize("shape", [(0, 2, 5), (1, 1, 1), (2, 3, 204), (2, 2, 1500)], ids=str)
 def test_ensemble_kernel(shape: tuple[int, int, int], device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     logits = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 5).to(device, dtype)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import BOTH, KERNEL, gpu, interpret
 from numerics import assert_close_to_truth
 from torch import Tensor
 
@@ -16,12 +17,6 @@ from mmfast_kernels.pool import (
     segment_mean_norm_ref,
 )
 
-gpu = pytest.mark.gpu
-interpret = pytest.mark.interpret
-LANES = [pytest.param("cpu", torch.float32, marks=interpret), pytest.param("cpu", torch.float16, marks=interpret)] + [
-    pytest.param("cuda", dtype, marks=gpu) for dtype in (torch.float32, torch.float16, torch.bfloat16)
-]
-PLAIN_OR_KERNEL = ["plain", pytest.param("kernel", marks=interpret)]
 NORMS = {
     "mean": (),
     "fc_norm": ("weight", "bias"),
@@ -66,14 +61,14 @@ def check(
 
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("d", [8, 100])
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 def test_unequal_lengths(norms: str, d: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     check(inputs(norms, d, sum(LENGTHS), len(LENGTHS), dtype, device), bounds(device))
 
 
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("sequences", [0, 1, 3])
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 def test_equal_lengths(norms: str, sequences: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     check(inputs(norms, 40, 10 * sequences, sequences, dtype, device), None, length=10)
 
@@ -128,7 +123,7 @@ def test_what_is_saved() -> None:
     assert sorted(kept) == [(3,), (3,), (3, 8), (8,), (8,)]
 
 
-@pytest.mark.parametrize(("device", "dtype"), LANES)
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
 @pytest.mark.parametrize("shape", [(0, 2, 5), (1, 1, 1), (2, 3, 204)], ids=str)
 def test_ensemble_gradient(shape: tuple[int, int, int], device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     g = torch.Generator().manual_seed(0)
@@ -147,7 +142,7 @@ def test_ensemble_gradient(shape: tuple[int, int, int], device: str, dtype: torc
     )
 
 
-@pytest.mark.parametrize("lane", PLAIN_OR_KERNEL)
+@pytest.mark.parametrize("lane", BOTH)
 @pytest.mark.parametrize("dense", [True, False])
 def test_compiles_as_one_graph(dense: bool, lane: str) -> None:
     given = inputs("both", 16, 12, 3)

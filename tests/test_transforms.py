@@ -173,7 +173,7 @@ def test_normalize_leaves_its_input() -> None:
 )
 def test_senseless_augmentation_is_refused(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        Augmentation(**fields)  # type: ignore[arg-type]
+        Augmentation(**fields)
 
 
 def test_bad_input_is_refused() -> None:

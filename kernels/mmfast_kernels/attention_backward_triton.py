@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmfast_kernels import tables
 from mmfast_kernels.attention_dq_triton import LOG2_E_, clear, dq_kernel
-from mmfast_kernels.attention_triton import split_width, tail_width
+from mmfast_kernels.attention_triton import load_live, split_width, tail_width
 from mmfast_kernels.dispatch import tf32_allowed
 
 # -- kernels --
@@ -58,24 +58,18 @@ def _dkdv_step(
     dout_at = dout_ptr + tl.cast(start, tl.int64) * dout_row + rows[:, None] * dout_row
     kept_at = kept_ptr + 2 * (start + rows)[:, None] + tl.arange(0, 2)[None, :]
     live = start + rows < end
+    q = load_live(q_at + dims[:, None], live=live[None, :], MASKED=MASKED)
+    dout = load_live(dout_at + dims[None, :], live=live[:, None], MASKED=MASKED)
     if MASKED:  # a query that is not there: lse +inf, so that it weighs 0
-        q = tl.load(q_at + dims[:, None], mask=live[None, :], other=0.0)
-        dout = tl.load(dout_at + dims[None, :], mask=live[:, None], other=0.0)
         lse, delta = tl.split(tl.load(kept_at, mask=live[:, None], other=float("inf")))
         delta = tl.where(live, delta, 0.0)
     else:
-        q = tl.load(q_at + dims[:, None])
-        dout = tl.load(dout_at + dims[None, :])
         lse, delta = tl.split(tl.load(kept_at))
     scores = tl.dot(k, q, input_precision=PRECISION)
     if D_REST > 0:
         rest = D_MAIN + tl.arange(0, D_REST)
-        if MASKED:
-            q_rest = tl.load(q_at + rest[:, None], mask=live[None, :], other=0.0)
-            dout_rest = tl.load(dout_at + rest[None, :], mask=live[:, None], other=0.0)
-        else:
-            q_rest = tl.load(q_at + rest[:, None])
-            dout_rest = tl.load(dout_at + rest[None, :])
+        q_rest = load_live(q_at + rest[:, None], live=live[None, :], MASKED=MASKED)
+        dout_rest = load_live(dout_at + rest[None, :], live=live[:, None], MASKED=MASKED)
         scores = tl.dot(k_rest, q_rest, scores, input_precision=PRECISION)
     if MASKED and CAUSAL:
         scores = tl.where(offs_n[:, None] <= (start + rows + shift)[None, :], scores, float("-inf"))

@@ -8,7 +8,7 @@ One program takes BLOCK_M queries of one head of one sequence, and walks over th
 import triton
 import triton.language as tl
 
-from mmfast_kernels.attention_triton import LOG2_E
+from mmfast_kernels.attention_triton import LOG2_E, load_live
 
 LOG2_E_: tl.constexpr = tl.constexpr(LOG2_E)
 
@@ -64,22 +64,14 @@ def _dq_step(
     k_at = k_ptr + tl.cast(start, tl.int64) * k_row + cols[None, :] * k_row
     v_at = v_ptr + tl.cast(start, tl.int64) * v_row + cols[None, :] * v_row
     live = start + cols < n_k
-    if MASKED:
-        k = tl.load(k_at + dims[:, None], mask=live[None, :], other=0.0)
-        v = tl.load(v_at + dims[:, None], mask=live[None, :], other=0.0)
-    else:
-        k = tl.load(k_at + dims[:, None])
-        v = tl.load(v_at + dims[:, None])
+    k = load_live(k_at + dims[:, None], live=live[None, :], MASKED=MASKED)
+    v = load_live(v_at + dims[:, None], live=live[None, :], MASKED=MASKED)
     scores = tl.dot(q, k, input_precision=PRECISION)
     dp = tl.dot(dout, v, input_precision=PRECISION)
     if D_REST > 0:
         rest = D_MAIN + tl.arange(0, D_REST)
-        if MASKED:
-            k_rest = tl.load(k_at + rest[:, None], mask=live[None, :], other=0.0)
-            v_rest = tl.load(v_at + rest[:, None], mask=live[None, :], other=0.0)
-        else:
-            k_rest = tl.load(k_at + rest[:, None])
-            v_rest = tl.load(v_at + rest[:, None])
+        k_rest = load_live(k_at + rest[:, None], live=live[None, :], MASKED=MASKED)
+        v_rest = load_live(v_at + rest[:, None], live=live[None, :], MASKED=MASKED)
         scores = tl.dot(q_rest, k_rest, scores, input_precision=PRECISION)
         dp = tl.dot(dout_rest, v_rest, dp, input_precision=PRECISION)
     if MASKED:  # a key that is not there would weigh exp(-lse), which may be infinite

@@ -29,6 +29,12 @@ NARROWEST = 16  # keys of the narrowest step that the matrix units take
 
 
 @triton.jit
+def load_live(at, live, MASKED: tl.constexpr):
+    """A block whose dead elements are 0; without MASKED all are alive."""
+    return tl.load(at, mask=live, other=0.0) if MASKED else tl.load(at)
+
+
+@triton.jit
 def _step(
     acc,  # [BLOCK_M, D_MAIN] fp32
     acc_rest,  # [BLOCK_M, D_REST or 16] fp32
@@ -58,17 +64,11 @@ def _step(
     k_at = k_ptr + tl.cast(start, tl.int64) * k_row  # the scalar is 64 bits wide, the block's own offsets need 32
     v_at = v_ptr + tl.cast(start, tl.int64) * v_row
     live = start + cols < n_k
-    if MASKED:
-        k = tl.load(k_at + cols[None, :] * k_row + dims[:, None], mask=live[None, :], other=0.0)
-    else:
-        k = tl.load(k_at + cols[None, :] * k_row + dims[:, None])
+    k = load_live(k_at + cols[None, :] * k_row + dims[:, None], live=live[None, :], MASKED=MASKED)
     scores = tl.dot(q, k, input_precision=PRECISION)
     if D_REST > 0:
         rest = D_MAIN + tl.arange(0, D_REST)
-        if MASKED:
-            k_rest = tl.load(k_at + cols[None, :] * k_row + rest[:, None], mask=live[None, :], other=0.0)
-        else:
-            k_rest = tl.load(k_at + cols[None, :] * k_row + rest[:, None])
+        k_rest = load_live(k_at + cols[None, :] * k_row + rest[:, None], live=live[None, :], MASKED=MASKED)
         scores = tl.dot(q_rest, k_rest, scores, input_precision=PRECISION)
     if MASKED:
         if CAUSAL:
@@ -87,17 +87,11 @@ def _step(
     acc = acc * alpha[:, None]
     if D_REST > 0:
         acc_rest = acc_rest * alpha[:, None]
-    if MASKED:
-        v = tl.load(v_at + cols[:, None] * v_row + dims[None, :], mask=live[:, None], other=0.0)
-    else:
-        v = tl.load(v_at + cols[:, None] * v_row + dims[None, :])
+    v = load_live(v_at + cols[:, None] * v_row + dims[None, :], live=live[:, None], MASKED=MASKED)
     p = p.to(v.dtype)
     acc = tl.dot(p, v, acc, input_precision=PRECISION)
     if D_REST > 0:
-        if MASKED:
-            v_rest = tl.load(v_at + cols[:, None] * v_row + rest[None, :], mask=live[:, None], other=0.0)
-        else:
-            v_rest = tl.load(v_at + cols[:, None] * v_row + rest[None, :])
+        v_rest = load_live(v_at + cols[:, None] * v_row + rest[None, :], live=live[:, None], MASKED=MASKED)
         acc_rest = tl.dot(p, v_rest, acc_rest, input_precision=PRECISION)
     return acc, acc_rest, new_top, total
 

@@ -16,7 +16,7 @@ NAMESPACE = "mmfast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 try:
-    import triton  # noqa: F401
+    import triton  # noqa: F401 (only whether it is there)
 except ImportError:
     HAVE_TRITON = False
 else:

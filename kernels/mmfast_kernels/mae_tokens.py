@@ -105,7 +105,7 @@ masked_rows_sum_op = register("masked_rows_sum(Tensor dy, Tensor source, Tensor 
 
 class _DecoderTokens(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         visible: Tensor,
         mask_token: Tensor,
@@ -121,7 +121,7 @@ class _DecoderTokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         source, place = ctx.saved_tensors
         dvisible = dmask = None
         if ctx.needs_input_grad[0]:

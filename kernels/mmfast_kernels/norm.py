@@ -143,7 +143,7 @@ def _bwd(
     n_rows, d = s.shape
     weight, gamma = weight.contiguous(), None if gamma is None else gamma.contiguous()
     taken = iter(outputs)
-    dx = next(taken) if wants_dx else None
+    dx = next(taken).view(n_rows, d) if wants_dx else None
     dbranch = next(taken) if branch_dtype is not None else None
     sums = list(taken)  # dweight and dbias, dgamma
     fp32 = any(t is not None and t.dtype == torch.float32 for t in (ds, dy, s, branch, dx, dbranch))
@@ -151,7 +151,9 @@ def _bwd(
     def run(config: Mapping[str, Any]) -> None:
         constants = backward_geometry(d, fp32, config)
         programs = min(-(-n_rows // constants["ROWS"]), config["programs"] * _multiprocessors(s.device))
-        partials = torch.empty((len(sums), programs, d), dtype=torch.float32, device=s.device) if sums else None
+        apart = config["apart"]
+        fused = sums[:2] if apart and wants_params else [] if apart else sums
+        partials = torch.empty((len(fused), programs, d), dtype=torch.float32, device=s.device) if fused else None
 
         def launch(dx: Tensor | None, dbranch: Tensor | None, branch: Tensor | None, params: bool) -> None:
             norm_backward_triton.norm_backward_kernel[(programs,)](
@@ -161,18 +163,25 @@ def _bwd(
                 PARAMS=params, DGAMMA=branch is not None, LAST=len(sums) - 1, **constants,
             )  # fmt: skip
 
-        apart = config["apart"] and wants_params
-        launch(dx, dbranch, branch, wants_params and not apart)
         if apart:
-            launch(None, None, None, True)
-        if sums:
-            norm_backward_triton.column_sums_kernel[(-(-d // 16), len(sums))](
-                partials, *sums, *[None] * (3 - len(sums)), programs, D=d, ROWS=64, COLUMNS=16, num_warps=4
+            rows = torch.empty((n_rows, d), dtype=s.dtype, device=s.device) if dx is None and branch is not None else dx
+            if rows is not None or dbranch is not None:
+                launch(rows, dbranch, None, False)
+            if wants_params:
+                launch(None, None, None, True)
+            if rows is not None and branch is not None:
+                sums[-1].copy_((rows.float() * branch).sum(0))
+        else:
+            launch(dx, dbranch, branch, wants_params)
+        if fused:
+            norm_backward_triton.column_sums_kernel[(-(-d // 16), len(fused))](
+                partials, *fused, *[None] * (3 - len(fused)), programs, D=d, ROWS=64, COLUMNS=16, num_warps=4
             )
 
     if n_rows:
         with torch.cuda.device_of(s):
-            run(tables.config("norm_backward", run, d=d, gamma=branch is not None, fp32=fp32))
+            case = {"arch": tables.arch_of(s.device), "d": d, "gamma": branch is not None, "fp32": fp32}
+            run(tables.config("norm_backward", run, **case))
     else:
         for total in sums:
             total.zero_()

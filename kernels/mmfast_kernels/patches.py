@@ -11,7 +11,7 @@ Rows gathered elsewhere go in as a video [T, C, tt, p, p] with token_idx 0 and c
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,19 +74,8 @@ def _fwd(
     return y
 
 
-def _fwd_fake(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos: Tensor | None,
-    token_idx: Tensor,
-    clip_idx: Tensor,
-    pos_idx: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty((token_idx.shape[0], weight.shape[0]), dtype=out_dtype, device=video.device)
+def _fwd_fake(video: Tensor, weight: Tensor, bias: Any, pos: Any, token_idx: Tensor, *rest: Any) -> Tensor:
+    return torch.empty((token_idx.shape[0], weight.shape[0]), dtype=rest[-1], device=video.device)
 
 
 tube_embed_op = register(
@@ -97,28 +86,32 @@ tube_embed_op = register(
 )
 
 
+class Given(NamedTuple):
+    """The arguments of tube_embed, and the product's dtype."""
+
+    video: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    pos: Tensor | None
+    token_idx: Tensor
+    clip_idx: Tensor
+    pos_idx: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    dtype: torch.dtype
+
+
 class _TubeEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        video: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        pos: Tensor | None,
-        token_idx: Tensor,
-        clip_idx: Tensor,
-        pos_idx: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.save_for_backward(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, dtype = arguments
+        ctx.save_for_backward(*tensors)
         ctx.dtype = dtype
-        return _forward(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+        return _forward(Given(*arguments))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift = ctx.saved_tensors
         want_video, want_weight, want_bias, want_pos = ctx.needs_input_grad[:4]
         dvideo = dweight = dbias = dpos = None
@@ -162,48 +155,28 @@ def tube_embed(
     dtype = weight.dtype
     if torch.is_autocast_enabled(video.device.type) and not double:
         dtype = torch.get_autocast_dtype(video.device.type)
-    if double or (torch.compiler.is_compiling() and not use_kernel(video)):
-        return _embed(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
     if pos_idx is token_idx:  # torch.compile takes no tensor twice in one Function
         pos_idx = None
-    run = _TubeEmbed.apply if needs_grad(video, weight, bias, pos) else _forward
-    return run(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+    given = Given(video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype)
+    if double or (torch.compiler.is_compiling() and not use_kernel(video)):
+        return _embed(given)
+    return _TubeEmbed.apply(*given) if needs_grad(video, weight, bias, pos) else _forward(given)
 
 
-def _forward(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos: Tensor | None,
-    token_idx: Tensor,
-    clip_idx: Tensor,
-    pos_idx: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _forward(given: Given) -> Tensor:
+    video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype = given
     pos_idx = token_idx if pos_idx is None else pos_idx
     if use_kernel(video, weight, bias, pos):
         ids = (token_idx, clip_idx, pos_idx)
         return tube_embed_op(video, weight.to(dtype), bias, pos, *ids, scale, shift, weight.dtype)
     parts = zip(token_idx.split(CPU_ROWS), clip_idx.split(CPU_ROWS), pos_idx.split(CPU_ROWS), strict=True)
-    blocks = [_embed(video, weight, bias, pos, token, clip, row, scale, shift, dtype) for token, clip, row in parts]
+    blocks = [_embed(given._replace(token_idx=token, clip_idx=clip, pos_idx=row)) for token, clip, row in parts]
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
-def _embed(
-    video: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pos: Tensor | None,
-    token_idx: Tensor,
-    clip_idx: Tensor,
-    pos_idx: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _embed(given: Given) -> Tensor:
     """Gathered rows times the weight, in torch."""
+    video, weight, bias, pos, token_idx, clip_idx, pos_idx, scale, shift, dtype = given
     _, _, tubelet, patch, _ = weight.shape
     rows = gathered_rows(video, token_idx, clip_idx, tubelet, patch, scale, shift).to(dtype)
     y = linear(rows, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))

@@ -62,7 +62,7 @@ def _pool(
     cu_seqlens, weight, bias, token_weight, token_bias = (
         None if t is None else t.contiguous() for t in (cu_seqlens, weight, bias, token_weight, token_bias)
     )
-    outputs = _pool_fake(tokens, cu_seqlens, length, weight, bias, eps, token_weight, token_bias, token_eps, stats)
+    outputs = _pool_fake(tokens, cu_seqlens, length, weight, stats)
     y = outputs[0]
     mean, centre, rstd = [*outputs[1:], None, None, None][:3]
     sequences, d = y.shape
@@ -84,17 +84,9 @@ def _pool(
 
 
 def _pool_fake(
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    length: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    token_weight: Tensor | None,
-    token_bias: Tensor | None,
-    token_eps: float,
-    stats: bool,
+    tokens: Tensor, cu_seqlens: Tensor | None, length: int, weight: Tensor | None, *rest: Any
 ) -> list[Tensor]:
+    stats = rest[-1]
     sequences = tokens.shape[0] // length if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, tokens.shape[1])
     outputs = [torch.empty(shape, dtype=tokens.dtype, device=tokens.device)]
@@ -149,21 +141,11 @@ def _pool_backward(
 
 
 def _pool_backward_fake(
-    dy: Tensor,
-    saved: list[Tensor],
-    tokens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    length: int,
-    n_tokens: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    token_bias: Tensor | None,
-    token_eps: float,
-    wants_tokens: bool,
+    dy: Tensor, saved: Any, tokens: Any, cu_seqlens: Any, length: int, n_tokens: int, *rest: Any
 ) -> list[Tensor]:
+    *parameters, _, wants_tokens = rest
     dtokens = [torch.empty((n_tokens, dy.shape[1]), dtype=dy.dtype, device=dy.device)] if wants_tokens else []
-    return dtokens + [torch.empty_like(p) for p in (weight, bias, token_weight, token_bias) if p is not None]
+    return dtokens + [torch.empty_like(p) for p in parameters if p is not None]
 
 
 def _ensemble(logits: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _wanted(path: Path, message: str) -> list[str]:
     # torch lists them for zip archives only; of an older file its message tells the first one.
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:
+    except Exception:  # an older file, or a damaged one, which may raise anything
         return re.findall(r"GLOBAL ([\w.]*\w)", message)[:1]
 
 

@@ -75,7 +75,7 @@ def convert(
     refuse_cosine_attention(draft, loaded.where)
     drop_positions(draft, loaded.where)
     config = read_config(draft, kind, asked, loaded.where)
-    _check_values(draft.state, loaded.where)
+    check_values(draft.state, loaded.where)
     _warn_of_lost_biases(draft.state, draft.notes, loaded.where, warn=dialect is not NATIVE)
     set_qkv_bias(draft.state, config.qkv_bias)
     if config.qkv_bias != "full":
@@ -93,6 +93,11 @@ def convert(
 
 
 def _recognise(source: Source) -> Dialect:
+    if any(name.startswith("loss_module.") for name in source.tensors):
+        raise ValueError(
+            f"{source.where}: is what a training run goes on from; the model it made is in the folder model beside "
+            "its folder checkpoints"
+        )
     reasons = []
     for dialect in DIALECTS:
         reason = dialect.why_not(source)
@@ -105,7 +110,8 @@ def _recognise(source: Source) -> Dialect:
     )
 
 
-def _check_values(state: dict[str, Tensor], where: str) -> None:
+def check_values(state: dict[str, Tensor], where: str) -> None:
+    """Raise unless every tensor is floating point and finite."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: {name} must be floating point, got {tensor.dtype}")

@@ -172,6 +172,17 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="folder that the paths of annotations or a manifest start from")
 
 
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """--windows, of the commands whose clips are to be the samples of classes."""
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=1,
+        metavar="W",
+        help="cut every clip into W that share no frame; videos without labels are then a class each (default: 1)",
+    )
+
+
 def add_stored(parser: argparse.ArgumentParser) -> None:
     """--dtype of stored features."""
     parser.add_argument(
@@ -206,6 +217,12 @@ def _has_class_folders(folder: Path) -> bool:
 def stride_of(records: Sequence[ClipRecord], given: int | None) -> int | None:
     """The stride asked for, or the annotations' own."""
     return given if given is not None or not isinstance(records, AnnotationSet) else records.stride
+
+
+def cut_of(args: argparse.Namespace, stride: int | None) -> dict[str, Any]:
+    """How clips were cut, as features remember it."""
+    about = {"stride": stride, "resize": args.resize}
+    return about if args.windows == 1 else about | {"windows": args.windows}
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

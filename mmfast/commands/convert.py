@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoints import export_config, export_mae_state, export_state, load_pretrained, save_pretrained
 from ..checkpoints.export import EXPORTS, MAE_EXPORTS
-from ..config import MAEConfig
+from ..config import MAEConfig, ViTConfig
 from ..shards import write_aside
 from . import common
 
@@ -59,14 +59,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _write(out: Path, state: dict[str, Tensor], dialect: str, config: object) -> None:
+def _write(out: Path, state: dict[str, Tensor], dialect: str, config: ViTConfig) -> None:
     state = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     if dialect.startswith("hf_"):
         if out.is_file():
             raise ValueError(f"out must be a folder for {dialect}, {str(out)!r} is a file")
         out.mkdir(parents=True, exist_ok=True)
         write_aside(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
-        write_aside(out / "config.json", common.as_json(export_config(config)))  # type: ignore[arg-type]
+        write_aside(out / "config.json", common.as_json(export_config(config)))
         return
     if out.is_dir():
         raise ValueError(f"out must be a file for {dialect}, {str(out)!r} is a folder")

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("data", help="folder of extracted features, folder of class folders, manifest, or annotations")
     common.add_dataset(p)
+    common.add_windows(p)
     p.add_argument("--k-shot", type=int, nargs="+", default=[1, 5], metavar="K", help="supports a class (default: 1 5)")
     p.add_argument("--out", default="evaluation.json", metavar="FILE", help="JSON of the table (default: %(default)s)")
     p.add_argument("--features", metavar="FOLDER", help="where extracted features are kept (default: OUT.features)")

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..data.windows import cut_windows
 from ..extract import extract
 from ..predict import clips_for
 from . import common
@@ -16,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("data", help="folder of class folders, folder of videos, manifest (.csv, .json), or annotations")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where shards and index go")
     common.add_dataset(p)
+    common.add_windows(p)
     common.add_stored(p)
     for add in (common.add_model, common.add_masks, common.add_clips, common.add_work):
         add(p)
@@ -26,6 +28,7 @@ def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
     records = common.records_of(args.data, args.dataset, args.root, (args.modality,))
+    records = cut_windows(records, args.windows, args.modality)
     stride = common.stride_of(records, args.stride)
     model = common.load_model(args)
     clips = clips_for(model.config, records, args.modality, stride=stride, resize=args.resize)
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
         batch=args.batch,
         workers=args.workers,
         retry=args.retry,
-        about={"stride": stride, "resize": args.resize},
+        about=common.cut_of(args, stride),
         progress=not args.quiet,
     )
     return common.tell("extract", report, args.out)

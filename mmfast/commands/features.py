@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import ClipDataset
+from ..data.windows import cut_windows
 from ..episodes import Episodes
 from ..extract import FeatureStore, extract
 from ..predict import clips_for
@@ -78,6 +79,7 @@ def stored(folder: str | Path, views: int | None) -> Features:
 def clips_of(args: argparse.Namespace, model: MaskedViT) -> tuple[ClipDataset, int | None]:
     """The labelled clips of DATA, and their stride."""
     records = common.records_of(args.data, args.dataset, args.root, (args.modality,))
+    records = cut_windows(records, args.windows, args.modality)
     if all(record.label is None for record in records):
         raise ValueError(f"{args.data}: its clips have no labels; episodes need classes")
     stride = common.stride_of(records, args.stride)
@@ -97,7 +99,7 @@ def extracted(
     extract(
         model, clips, out, views=views, mask_ratio=ratio, seed=args.seed, modality=args.modality,
         precision=args.precision, shard_size=args.shard_size, batch=args.batch, workers=args.workers, retry=args.retry,
-        about={"stride": stride, "resize": args.resize}, progress=not args.quiet,
+        about=common.cut_of(args, stride), progress=not args.quiet,
     )  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

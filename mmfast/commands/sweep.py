@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("data", help="folder of class folders, manifest (.csv, .json), or annotations")
     common.add_dataset(p)
+    common.add_windows(p)
     p.add_argument("--out", required=True, metavar="FOLDER", help="for sweep.json, sweep.png and the features")
     p.add_argument("--k-shot", type=int, default=5, metavar="K", help="supports a class (default: %(default)s)")
     p.add_argument(

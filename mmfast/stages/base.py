@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from ..guard import _HALVINGS, _read, _total_norm
+from ..guard import HALVINGS, check_step, total_norm
 from ..masks import Grid, Pack, sample_pack
 from ..optim import WarmupCosine, param_groups, scale_lr
 
@@ -143,7 +143,7 @@ class Stage(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         assert self._loss_sum is not None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        bad_loss, bad_gradients, value = _read(self._loss_sum, _total_norm(gradients, self._loss_sum.device))
+        bad_loss, bad_gradients, value = check_step(self._loss_sum, total_norm(gradients, self._loss_sum.device))
         self._loss_sum = None
         scaler = self._scaler
         if not bad_loss and not bad_gradients:
@@ -151,7 +151,7 @@ class Stage(LightningModule):
             return
         if not bad_loss and scaler is not None:
             self._overflowed_in_a_row += 1
-            if self._overflowed_in_a_row >= self.patience + _HALVINGS:
+            if self._overflowed_in_a_row >= self.patience + HALVINGS:
                 raise FloatingPointError(
                     f"step {self.global_step}: gradients overflowed {self._overflowed_in_a_row} times in a row, however "
                     "far the scaler lowered its scale"
@@ -183,6 +183,14 @@ class Stage(LightningModule):
         checkpoint["skipped"] = [self.skipped, self._skipped_in_a_row]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        other = sorted({n for n in own.keys() | found.keys() if _shape(own.get(n)) != _shape(found.get(n))})
+        if other:
+            raise ValueError(
+                f"ckpt_path must be a checkpoint of this very run, got one of another stage or model: {len(other)} of its "
+                f"tensors differ, {other[0]} first; weights to start from are given by model.init, model.student or "
+                "model.teachers"
+            )
         self.skipped, self._skipped_in_a_row = checkpoint.get("skipped", [0, 0])
 
     def on_train_end(self) -> None:
@@ -202,3 +210,7 @@ class Stage(LightningModule):
         metric = self.means[name]
         assert isinstance(metric, MeanMetric)
         return metric
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape

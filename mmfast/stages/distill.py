@@ -157,14 +157,14 @@ class DistillStage(Stage):
 
     def on_validation_epoch_end(self) -> None:
         seen, self._seen = self._seen, {}
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.sanity_checking or trainer.limit_val_batches not in (None, 1.0):
             return  # a part of the clips makes other episodes
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(parts, seen)
             seen = {place: features for part in parts for place, features in part.items()}
-        records = trainer.datamodule.val_records  # type: ignore[attr-defined]
+        records = trainer.datamodule.val_records
         # A clip that could not be read has no class, so that no episode draws it.
         labels = [record.label if place in seen else None for place, record in enumerate(records)]
         blank = torch.zeros(self.views, self.student.embed_dim)
@@ -177,7 +177,8 @@ class DistillStage(Stage):
 
     def on_fit_start(self) -> None:
         """Refuse classes that are too small for the episodes now, not after the first epochs."""
-        records = getattr(self.trainer.datamodule, "val_records", [])  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        records = getattr(trainer.datamodule, "val_records", [])
         if records:
             names = {record.label: record.label_name or str(record.label) for record in records}
             self._episodes([record.label for record in records], names=names)

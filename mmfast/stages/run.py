@@ -82,6 +82,12 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init["trainer"]
+        if settings["overfit_batches"]:
+            # Lightning would take the sampler away by which a run shares and orders its clips.
+            raise ValueError(
+                f"trainer.overfit_batches must be 0 here, got {settings['overfit_batches']}; to see whether a model can "
+                "learn a few clips by heart, give a manifest of those alone"
+            )
         callbacks = [
             LearningRateMonitor("step"),
             Faults(),
@@ -108,7 +114,8 @@ class StageCLI(LightningCLI):
         if settings["logger"] in (None, True):
             logs: dict[str, Any] = dict(save_dir=str(self.out), name="logs")
             board = any(find_spec(name) for name in ("tensorboard", "tensorboardX"))
-            own["logger"] = [CSVLogger(**logs), *([TensorBoardLogger(**logs)] if board else [])]
+            table = CSVLogger(**logs)
+            own["logger"] = [table, *([TensorBoardLogger(**logs, version=table.version)] if board else [])]
         return super().instantiate_trainer(**{**own, **kwargs})
 
     @property
