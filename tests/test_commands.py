@@ -169,6 +169,10 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
         ("extract", ["LABELLED", "--checkpoint", "CHECKPOINT", "--out", "F", "--root", "x"], "root is for annotations"),
         ("extract", ["nowhere.csv", "--checkpoint", "CHECKPOINT", "--out", "F"], "nowhere.csv: cannot be read"),
         ("doctor", ["nowhere.json", "--dataset", "epic"], "nowhere.json"),
+        ("doctor", ["LABELLED", "--template", "rgb=x"], "--template is for annotations"),
+        ("doctor", ["LABELLED", "--clip-end", "annotated"], "--clip-end is for annotations"),
+        ("doctor", ["x.json", "--dataset", "wear", "--template", "x"], "template must be MODALITY=PATH, MODALITY one"),
+        ("extract", ["LABELLED", "--checkpoint", "CHECKPOINT", "--out", "F", "--windows", "0"], "windows must be at"),
         ("convert", ["nowhere", "out"], "no file or folder 'nowhere'"),
     ],
 )
@@ -271,3 +275,20 @@ def test_a_programming_error_is_not_hidden(checkpoint: Path, labelled: Path, tmp
     monkeypatch.setattr(ClipDataset, "__getitem__", broken)
     with pytest.raises(AttributeError, match="a bug"):
         run("extract", labelled, "--checkpoint", checkpoint, "--out", tmp_path / "f", "--quiet")
+
+
+def test_annotations_with_paths_of_ones_own(tmp_path: Path, capsys: Any) -> None:
+    clip = {"uid": "a", "video_id": "7", "start_frame": 2, "end_frame": 4, "action_id": 0, "action_name": "take"}
+    about = {"version": "1", "date": "today", "description": "", "split": "val", "clips": [clip]}
+    (tmp_path / "val.json").write_text(json.dumps(about))
+    (tmp_path / "mine" / "7").mkdir(parents=True)
+    for i in range(2, 5):
+        (tmp_path / "mine" / "7" / f"{i}.jpg").write_bytes(b"a picture")
+    where = (tmp_path / "val.json", "--dataset", "meccano", "--root", tmp_path)
+    assert run("doctor", *where, "--num-frames", 3) == 1
+    own = ("--template", "rgb=mine/{video_id}/{frame}.jpg")
+    assert run("doctor", *where, *own, "--num-frames", 3) == 0
+    assert run("doctor", *where, *own, "--num-frames", 5) == 1
+    assert "have no file" in capsys.readouterr().out
+    assert run("doctor", *where, *own, "--num-frames", 5, "--clip-end", "annotated") == 1
+    assert "2 samples lie past its end" in capsys.readouterr().out

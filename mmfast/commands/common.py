@@ -17,6 +17,7 @@ import torch
 
 from ..checkpoints import load_pretrained_vit
 from ..data.annotations import DATASETS, read_annotations
+from ..data.frames import CHANNELS
 from ..data.manifest import folder_manifest, read_manifest
 from ..data.records import AnnotationSet, ClipRecord
 from ..extract import PRECISIONS, STORED, Report
@@ -167,9 +168,22 @@ def add_work(parser: argparse.ArgumentParser, batch: int = 32) -> None:
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """--dataset and --root, which say how annotations are read."""
+    """--dataset, --root, --template and --clip-end, which say how annotations are read."""
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="read DATA as this data set's annotation file")
     parser.add_argument("--root", help="folder that the paths of annotations or a manifest start from")
+    parser.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="MODALITY=PATH",
+        help="where annotated frames lie below --root, such as rgb=frames/{video_id}/{frame:06d}.jpg; else as published",
+    )
+    parser.add_argument(
+        "--clip-end",
+        choices=("video", "annotated"),
+        default="video",
+        help="where annotated clips end: with the video, as published, or where they are annotated to (default: video)",
+    )
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
@@ -190,20 +204,31 @@ def add_stored(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def records_of(
-    data: str, dataset: str | None, root: str | None, modalities: Sequence[str] = ("rgb",)
-) -> Sequence[ClipRecord]:
-    """The clips of an annotation file, a manifest, a folder of class folders, or a folder of videos."""
-    path = Path(data)
-    if dataset is not None:
-        return read_annotations(dataset, path, root or "", modalities=tuple(modalities))
+def records_of(args: argparse.Namespace, modalities: Sequence[str] = ("rgb",)) -> Sequence[ClipRecord]:
+    """The clips of add_dataset's arguments: of annotations, a manifest, class folders, or a folder of videos."""
+    path = Path(args.data)
+    if args.dataset is not None:
+        options: dict[str, Any] = {"modalities": tuple(modalities), "clip_end": args.clip_end}
+        if args.template:
+            options["templates"] = dict(_template(text) for text in args.template)
+        return read_annotations(args.dataset, path, args.root or "", **options)
+    for name, given in (("template", args.template), ("clip-end", args.clip_end != "video")):
+        if given:
+            raise ValueError(f"--{name} is for annotations, which --dataset names")
     if path.suffix.lower() in MANIFESTS:
-        return read_manifest(path, root, check_files=False)
-    if root is not None:
+        return read_manifest(path, args.root, check_files=False)
+    if args.root is not None:
         raise ValueError("root is for annotations and manifests; DATA is neither")
     if path.is_dir() and _has_class_folders(path):
         return folder_manifest(path)
     return video_records(path)
+
+
+def _template(text: str) -> tuple[str, str]:
+    modality, equals, path = text.partition("=")
+    if not equals or modality not in CHANNELS:
+        raise ValueError(f"template must be MODALITY=PATH, MODALITY one of {', '.join(CHANNELS)}, got {text!r}")
+    return modality, path
 
 
 def _has_class_folders(folder: Path) -> bool:

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    records = common.records_of(args.data, args.dataset, args.root, args.modalities or ("rgb",))
+    records = common.records_of(args, args.modalities or ("rgb",))
     report = check_records(
         records,
         args.modalities,

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Run the command."""
     args = parser().parse_args(argv)
-    records = common.records_of(args.data, args.dataset, args.root, (args.modality,))
+    records = common.records_of(args, (args.modality,))
     records = cut_windows(records, args.windows, args.modality)
     stride = common.stride_of(records, args.stride)
     model = common.load_model(args)

@@ -78,7 +78,7 @@ def stored(folder: str | Path, views: int | None) -> Features:
 
 def clips_of(args: argparse.Namespace, model: MaskedViT) -> tuple[ClipDataset, int | None]:
     """The labelled clips of DATA, and their stride."""
-    records = common.records_of(args.data, args.dataset, args.root, (args.modality,))
+    records = common.records_of(args, (args.modality,))
     records = cut_windows(records, args.windows, args.modality)
     if all(record.label is None for record in records):
         raise ValueError(f"{args.data}: its clips have no labels; episodes need classes")
