@@ -361,9 +361,20 @@ def test_domains_differ_in_appearance_and_camera_motion():
     assert moved[1] > 1.5 * moved[0]
 
 
-@pytest.mark.parametrize("setting", [{"noise": 0}, {"strays": 3}, {"wobble": 0.8}, {"camera": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"noise": 0}, {"strays": 3}, {"wobble": 0.8}, {"variety": 0.3}, {"camera": 3.0}], ids=str
+)
 def test_every_setting_of_difficulty_has_effect(setting):
     assert not torch.equal(_small(**setting)[0]["rgb"], _small()[0]["rgb"])
+
+
+def test_without_variety_every_clip_of_a_domain_has_the_same_plain_wall():
+    clips = _small(clips=2, variety=0.0, noise=0, strays=0, modalities=("rgb",))
+    frames = torch.stack([clips[i]["rgb"][:, 0].float() for i in range(8)])
+    corner = frames[:, :, :3, :3].flatten(2)
+    # what is left is the light of each clip
+    assert corner.std(2).max() < 5
+    assert frames.flatten(1).std(1).min() > 10
 
 
 # -- speed and bad arguments ---------------------------------------------------------------------------------------------
@@ -396,6 +407,7 @@ def test_renders_tens_of_clips_a_second():
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"noise": -1.0}, "noise must be at least 0, got -1"),
         ({"wobble": 1.5}, "wobble must be from 0 to 1, got 1.5"),
+        ({"variety": -0.1}, "variety must be from 0 to 1, got -0.1"),
         ({"camera": 11.0}, "camera must be from 0 to 10, got 11"),
         ({"sigma": 0.0}, "sigma must be more than 0, got 0"),
     ],

@@ -50,8 +50,9 @@ class CrossDomain(Dataset[dict[str, Any]]):
     heatmap's bump in its pixels; None: 10 in 56 of the side.
 
     How hard it is: noise, standard deviation of the grain (None: the domain's); strays, things that move on their own;
-    wobble, share of every motion that has nothing to do with the class (0 to 1); camera, a factor (0 to 10) on the domain's
-    camera motion. Raises ValueError for an unknown name or a number out of range.
+    wobble, share of every motion that has nothing to do with the class (0 to 1); variety, how far skins and backgrounds are
+    from the domain's usual skin and a plain wall (0 to 1); camera, a factor (0 to 10) on the domain's camera motion.
+    Raises ValueError for an unknown name or a number out of range.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class CrossDomain(Dataset[dict[str, Any]]):
         noise: float | None = None,
         strays: int = 1,
         wobble: float = 0.1,
+        variety: float = 1.0,
         camera: float = 1.0,
     ) -> None:
         _one_of("domain", domain, tuple(DOMAINS))
@@ -88,7 +90,7 @@ class CrossDomain(Dataset[dict[str, Any]]):
         for name, least in smallest.items():
             if given[name] < least:
                 raise ValueError(f"{name} must be at least {least}, got {given[name]}")
-        for name, number, most in (("wobble", wobble, 1), ("camera", camera, 10)):
+        for name, number, most in (("wobble", wobble, 1), ("variety", variety, 1), ("camera", camera, 10)):
             if not 0 <= number <= most:
                 raise ValueError(f"{name} must be from 0 to {most}, got {number}")
         if sigma is not None and sigma <= 0:
@@ -98,7 +100,7 @@ class CrossDomain(Dataset[dict[str, Any]]):
         self.domain, self.split, self.seed, self.size, self.num_frames = domain, split, seed, size, num_frames
         self.modalities, self.normalise = tuple(modalities), normalise
         self.sigma = size / 4 * 10 / 56 if sigma is None else sigma
-        self.strays, self.wobble = strays, wobble
+        self.strays, self.wobble, self.variety = strays, wobble, variety
         self.classes = tuple(action.name for action in _ACTIONS[domain])
         self.clips_per_class = clips_per_class
         base = DOMAINS[domain]
@@ -171,7 +173,14 @@ class CrossDomain(Dataset[dict[str, Any]]):
         rgb, flow = "rgb" in self.modalities, "flow" in self.modalities
         if rgb or flow:
             look = draw_look(
-                self._rng(index, 2), self._look, self.num_frames, self.size, self.strays, self._look.noise, picture=rgb
+                self._rng(index, 2),
+                self._look,
+                self.num_frames,
+                self.size,
+                self.strays,
+                self._look.noise,
+                self.variety,
+                picture=rgb,
             )
             frames, moved = paint(motion, look, self.size, rgb, flow)
             if frames is not None:

@@ -32,8 +32,8 @@ class Domain:
 DOMAINS = {
     "source": Domain(
         skins=((241, 205, 178), (224, 172, 135), (198, 134, 95), (141, 92, 62), (96, 62, 44)),
-        paint=(120, 200),
-        clutter=(90, 230),
+        paint=(80, 150),
+        clutter=(60, 170),
         tiles=False,
         light_from=(70, 160),
         ambient=(0.5, 0.62),
@@ -86,9 +86,9 @@ def _cloud(rng: np.random.Generator, side: int, cells: int) -> np.ndarray:
 
 
 def _colour(rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-    """float32 [3], half way to grey."""
+    """float32 [3], three quarters of the way to grey: hands and things have the stronger colours."""
     colour = rng.uniform(low, high, 3)
-    return ((colour + colour.mean()) / 2).astype(_FLOAT)
+    return ((colour + 3 * colour.mean()) / 4).astype(_FLOAT)
 
 
 def _picture(rng: np.random.Generator, domain: Domain, side: int) -> np.ndarray:
@@ -117,10 +117,18 @@ def _picture(rng: np.random.Generator, domain: Domain, side: int) -> np.ndarray:
 
 
 def draw_look(
-    rng: np.random.Generator, domain: Domain, num_frames: int, side: int, strays: int, noise: float, picture: bool
+    rng: np.random.Generator,
+    domain: Domain,
+    num_frames: int,
+    side: int,
+    strays: int,
+    noise: float,
+    variety: float,
+    picture: bool,
 ) -> Look:
     """How a clip of the domain is painted. picture: False leaves out the background and the grain, for flow alone."""
-    skin = np.array(domain.skins[rng.integers(len(domain.skins))]) * rng.uniform(0.9, 1.06)
+    usual, skin = np.array(domain.skins[0]), np.array(domain.skins[rng.integers(len(domain.skins))])
+    skin = (usual + variety * (skin - usual)) * rng.uniform(0.9, 1.06)
     angle, height = np.radians(rng.uniform(*domain.light_from)), rng.uniform(0.5, 0.8)
     flat = np.sqrt(1 - height**2)
     gain = np.array(domain.tint) * rng.uniform(0.85, 1.12) * rng.uniform(0.95, 1.05, 3)
@@ -133,6 +141,8 @@ def draw_look(
         # as much as the camera ever sees: it turns by half of zoom (radians), and never comes nearer than 1 - zoom
         wide = (1 + 0.5 * domain.zoom) / (1 - domain.zoom) + domain.drift + 2 * domain.shake
         still = _picture(rng, domain, int(np.ceil(wide * side)) + 2)
+        usual_wall = _FLOAT(sum(domain.paint) / 2)
+        still = usual_wall + _FLOAT(variety) * (still - usual_wall)
         if noise > 0:
             grain = rng.standard_normal((3, num_frames, side, side), dtype=_FLOAT) * _FLOAT(noise)
     return Look(
