@@ -61,7 +61,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     rows, sweep = report["ablation"], report["sweep"]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 5), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
+        1, 2, figsize=(13, 5), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
     )
     for offset, (shots, colour) in zip((-0.2, 0.2), SHOTS, strict=True):
         means = [100 * row[shots]["mean"] for row in rows]
@@ -91,7 +91,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     right.set_xlabel("views of a query")
     right.set_ylabel("5-way 5-shot accuracy, %")
     right.set_title("distilled from flow and pose", fontsize=10)
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     aside = path.with_name(f".{path.name}")
     figure.savefig(aside, dpi=110, format=path.suffix[1:] or "png")
     aside.replace(path)
