@@ -23,9 +23,7 @@ struct Bounds {
   const int32_t* starts;  // [sequences + 1], or null: every sequence has `length` tokens
   int64_t length;
 
-  int64_t start(int64_t s) const {
-    return starts ? starts[s] : s * length;
-  }
+  int64_t start(int64_t s) const { return starts ? starts[s] : s * length; }
 };
 
 struct Attention {

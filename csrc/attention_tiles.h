@@ -23,7 +23,7 @@
 
 namespace mmfast {
 
-constexpr int64_t kLanes = 48;       // a whole number of tiles in every instruction set
+constexpr int64_t kLanes = 48;         // a whole number of tiles in every instruction set
 constexpr float kLog2e = 1.44269504f;  // exp(x) = 2^(x * log2(e))
 
 template <int kBytes>

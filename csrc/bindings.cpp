@@ -13,6 +13,7 @@
 #include "pack.h"
 #include "philox.h"
 #include "sampler.h"
+#include "ted.h"
 #ifdef MMFAST_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -78,9 +79,9 @@ mmfast::Attention attention_of(Address q, const Three& q_layout, Address k, cons
 void attention(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v, const Three& v_layout,
                Address cu_q, int64_t n_q, Address cu_k, int64_t n_k, int64_t sequences, int64_t heads, int64_t d,
                bool causal, float scale, Address out, Address lse, int threads, int widest) {
-  mmfast::attention(attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads, d,
-                                 causal, scale),
-                    at<float>(out), at<float>(lse), threads, widest);
+  mmfast::attention(
+      attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads, d, causal, scale),
+      at<float>(out), at<float>(lse), threads, widest);
 }
 
 void attention_backward(Address q, const Three& q_layout, Address k, const Three& k_layout, Address v,
@@ -88,11 +89,41 @@ void attention_backward(Address q, const Three& q_layout, Address k, const Three
                         int64_t heads, int64_t d, bool causal, float scale, Address dout, Address out, Address lse,
                         Address dq, const Three& dq_layout, Address dk, const Three& dk_layout, Address dv,
                         const Three& dv_layout, int threads, int widest) {
-  mmfast::attention_backward(attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads,
-                                          d, causal, scale),
-                             {at<float>(dout), at<float>(out), at<float>(lse), heads_at<float>(dq, dq_layout),
-                              heads_at<float>(dk, dk_layout), heads_at<float>(dv, dv_layout)},
-                             threads, widest);
+  mmfast::attention_backward(
+      attention_of(q, q_layout, k, k_layout, v, v_layout, cu_q, n_q, cu_k, n_k, sequences, heads, d, causal, scale),
+      {at<float>(dout), at<float>(out), at<float>(lse), heads_at<float>(dq, dq_layout), heads_at<float>(dk, dk_layout),
+       heads_at<float>(dv, dv_layout)},
+      threads, widest);
+}
+
+// time_shift, time_taps, time_bias, space_shift, space_taps, space_bias
+using Six = std::array<Address, 6>;
+
+mmfast::TedSites sites_at(Address table, const Three& size) {
+  return {at<int32_t>(table), size[0], size[1], size[2]};
+}
+
+mmfast::TedParameters ted_parameters(const Six& from, int64_t time_width, int64_t space_width) {
+  return {time_width,         space_width,        at<float>(from[0]), at<float>(from[1]),
+          at<float>(from[2]), at<float>(from[3]), at<float>(from[4]), at<float>(from[5])};
+}
+
+mmfast::TedGradients ted_gradients(const Six& to) {
+  return {at<float>(to[0]), at<float>(to[1]), at<float>(to[2]), at<float>(to[3]), at<float>(to[4]), at<float>(to[5])};
+}
+
+void ted_stencil(Address h, Address sites, const Three& size, const Six& parameters, int64_t time_width,
+                 int64_t space_width, Address out, int threads, int widest) {
+  mmfast::ted_stencil(at<float>(h), sites_at(sites, size), ted_parameters(parameters, time_width, space_width),
+                      at<float>(out), threads, widest);
+}
+
+void ted_stencil_backward(Address dout, Address h, Address sites, const Three& size, const Six& parameters,
+                          int64_t time_width, int64_t space_width, Address dh, const Six& gradients, int threads,
+                          int widest) {
+  mmfast::ted_stencil_backward(at<float>(dout), at<float>(h), sites_at(sites, size),
+                               ted_parameters(parameters, time_width, space_width), at<float>(dh),
+                               ted_gradients(gradients), threads, widest);
 }
 
 int64_t union_rows(Address keep_idx, int64_t tokens, Address cu_seqlens, int64_t sequences, int64_t views,
@@ -115,6 +146,22 @@ void gather_tubes_cuda(Address video, int video_type, const Five& size, const Fi
       video_at(video, video_type, size, stride), {at<int32_t>(token), at<int32_t>(clip), count, tubelet, patch},
       {at<void>(rows), mmfast::Pixel(rows_type), at<float>(scale), at<float>(shift)}, at<void>(stream));
 }
+
+void ted_stencil_cuda(Address h, int type, Address sites, const Three& size, const Six& parameters, int64_t time_width,
+                      int64_t space_width, Address out, Address stream) {
+  mmfast::ted_stencil_cuda(at<void>(h), mmfast::TedType(type), sites_at(sites, size),
+                           ted_parameters(parameters, time_width, space_width), at<void>(out), at<void>(stream));
+}
+
+void ted_stencil_backward_cuda(Address dout, Address h, int type, Address sites, const Three& size,
+                               const Six& parameters, int64_t time_width, int64_t space_width, Address dh,
+                               const Six& gradients, Address partials, int64_t groups, Address stream) {
+  const mmfast::TedGradients wanted = ted_gradients(gradients);
+  mmfast::ted_stencil_backward_cuda(at<void>(dout), at<void>(h), mmfast::TedType(type), sites_at(sites, size),
+                                    ted_parameters(parameters, time_width, space_width), at<void>(dh),
+                                    wanted.time_taps ? &wanted : nullptr, at<float>(partials), groups,
+                                    at<void>(stream));
+}
 #endif
 
 std::string build_info() {
@@ -136,6 +183,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_tubes", &gather_tubes, no_gil);
   m.def("attention", &attention, no_gil);
   m.def("attention_backward", &attention_backward, no_gil);
+  m.def("ted_stencil", &ted_stencil, no_gil);
+  m.def("ted_stencil_backward", &ted_stencil_backward, no_gil);
   m.def("union_rows", &union_rows, no_gil);
   m.def("build_info", &build_info, no_gil);
 #ifdef MMFAST_WITH_CUDA
@@ -145,6 +194,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_count", &mmfast::device_count, no_gil);
   m.def("sample_keep_cuda", &sample_keep_cuda, no_gil);
   m.def("gather_tubes_cuda", &gather_tubes_cuda, no_gil);
+  m.def("ted_stencil_cuda", &ted_stencil_cuda, no_gil);
+  m.def("ted_stencil_backward_cuda", &ted_stencil_backward_cuda, no_gil);
 #else
   m.attr("with_cuda") = false;
   m.attr("cuda_archs") = "";

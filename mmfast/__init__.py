@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints import LoadReport, load_pretrained
+    from .clip import CLIP
+    from .clip_config import CLIPConfig
     from .config import MAEConfig, ViTConfig
+    from .m2clip import M2CLIP
+    from .m2clip_config import M2CLIPConfig
     from .mae import MaskedAutoencoder
     from .masks import Pack, pack_masks, random_masks, running_cell_masks, sample_pack, tube_masks
     from .vit import MaskedViT
@@ -13,7 +17,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CLIP": "clip",
+    "CLIPConfig": "clip_config",
     "LoadReport": "checkpoints",
+    "M2CLIP": "m2clip",
+    "M2CLIPConfig": "m2clip_config",
     "MAEConfig": "config",
     "MaskedAutoencoder": "mae",
     "MaskedViT": "vit",
@@ -26,9 +34,14 @@ _HOME = {
     "sample_pack": "masks",
     "tube_masks": "masks",
 }
+_MODULES = ("adapters", "fewshot")
 
 __all__ = [
+    "CLIP",
+    "M2CLIP",
+    "CLIPConfig",
     "LoadReport",
+    "M2CLIPConfig",
     "MAEConfig",
     "MaskedAutoencoder",
     "MaskedViT",
@@ -47,8 +60,10 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `import mmfast` alone costs nothing beyond torch."""
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module 'mmfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -10,6 +10,7 @@ _TRAIN_EXTRAS = ("lightning", "jsonargparse", "docstring_parser", "torchmetrics"
 _STAGES = {
     "pretrain": "stage I: masked pre-training of one modality on source and target clips",
     "distill": "stage II: one RGB student learns from teachers of several modalities",
+    "fit-clip": "M2-CLIP: adapters and heads on a frozen CLIP learn labelled videos",
 }
 
 

@@ -20,8 +20,40 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+class JSONFields:
+    """Turns a config dataclass to plain data and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON: tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]  # self is a dataclass
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The config of `to_dict`. Fields left out take their default; an unknown one raises ValueError by its name."""
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # as in to_dict
+        for name in data:
+            if name not in known:
+                raise ValueError(
+                    f"unknown config field {name!r}{close_to(name, known)}; the fields are {', '.join(known)}"
+                )
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config of `to_json`."""
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"a config must be a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(JSONFields):
     """Everything that fixes a MaskedViT but its weights. Raises ValueError or TypeError naming the field at fault.
 
     img_size: side, or (height, width), of a frame.     qkv_bias: "qv" (the key's is 0), "full" or "none".
@@ -30,6 +62,8 @@ class ViTConfig:
     init_values: LayerScale's first value; 0 is none.   gelu: exact "erf", "tanh", or CLIP's "quick".
     mean, std: one value a channel; uint8 video becomes (px/255 - mean) / std, which only RGB has a meaning for.
     Unless given they are ImageNet's for 3 channels, optical flow's for 2, hand heatmaps' for 21, and 0 and 1 otherwise.
+    adapter_hidden: inner width of the TED-Adapters before "attn", "mlp" or both (adapter_before) in the blocks of
+    adapter_layers, None for all; 0 is no adapters.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -51,9 +85,12 @@ class ViTConfig:
     init_values: float = 0.0
     drop_path_rate: float = 0.0
     head_drop_rate: float = 0.0
-    mean: tuple[float, ...] = None  # type: ignore[assignment]  # filled in below, as std is: they follow in_chans
-    std: tuple[float, ...] = None  # type: ignore[assignment]
+    mean: tuple[float, ...] = None  # type: ignore[assignment]  # filled in below: it follows in_chans
+    std: tuple[float, ...] = None  # type: ignore[assignment]  # as mean
     gelu: Literal["erf", "tanh", "quick"] = "erf"
+    adapter_hidden: int = 0
+    adapter_before: tuple[str, ...] = ("attn",)
+    adapter_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _integers(self)
@@ -62,7 +99,7 @@ class ViTConfig:
         mean, std = _STATISTICS.get(self.in_chans, ((0.0,) * self.in_chans, (1.0,) * self.in_chans))
         for name, default in (("mean", mean), ("std", std)):
             given = getattr(self, name)
-            object.__setattr__(self, name, default if given is None else _per_channel(name, given, self.in_chans))
+            object.__setattr__(self, name, default if given is None else per_channel(name, given, self.in_chans))
         _numbers(self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -76,6 +113,7 @@ class ViTConfig:
             raise ValueError(
                 f"num_frames must be a multiple of tubelet_size {self.tubelet_size}, got {self.num_frames}"
             )
+        _adapters(self)
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -99,34 +137,6 @@ class ViTConfig:
         # The ratio of a checkpoint is a quotient: 1408 * (6144 / 1408) may fall a hair short of 6144.
         return int(self.embed_dim * self.mlp_ratio + 1e-6)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON: tuples become lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The config of `to_dict`. Fields left out take their default; an unknown one raises ValueError by its name."""
-        known = [f.name for f in fields(cls)]
-        for name in data:
-            if name not in known:
-                raise ValueError(
-                    f"unknown config field {name!r}{_close(name, known)}; the fields are {', '.join(known)}"
-                )
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """The config as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The config of `to_json`."""
-        data = json.loads(text)
-        if not isinstance(data, dict):
-            raise ValueError(f"a config must be a JSON object, got {type(data).__name__}")
-        return cls.from_dict(data)
-
 
 def _integers(config: ViTConfig) -> None:
     names = ["patch_size", "in_chans", "num_frames", "tubelet_size", "embed_dim", "depth", "num_heads"]
@@ -139,7 +149,8 @@ def _integers(config: ViTConfig) -> None:
     else:
         sides = (size,)
     given = [(name, getattr(config, name), 1) for name in names]
-    for name, value, least in [*given, ("num_classes", config.num_classes, 0), *(("img_size", s, 1) for s in sides)]:
+    given += [(name, getattr(config, name), 0) for name in ("num_classes", "adapter_hidden")]
+    for name, value, least in [*given, *(("img_size", s, 1) for s in sides)]:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < least:
@@ -149,25 +160,39 @@ def _integers(config: ViTConfig) -> None:
             raise ValueError(f"img_size must be a multiple of patch_size {config.patch_size}, got {config.img_size}")
 
 
+def _adapters(config: ViTConfig) -> None:
+    before, layers = config.adapter_before, config.adapter_layers
+    before = (before,) if isinstance(before, str) else tuple(before)
+    if not before or not set(before) <= {"attn", "mlp"}:
+        raise ValueError(f'adapter_before must be "attn", "mlp" or both, got {before!r}')
+    object.__setattr__(config, "adapter_before", tuple(half for half in ("attn", "mlp") if half in before))
+    if layers is None:
+        return
+    numbers = tuple(layers)
+    if not numbers or not all(type(n) is int and 0 <= n < config.depth for n in numbers):
+        raise ValueError(f"adapter_layers must be numbers of blocks, 0..{config.depth - 1}, or None, got {numbers}")
+    object.__setattr__(config, "adapter_layers", tuple(sorted(set(numbers))))
+
+
 def _numbers(config: ViTConfig) -> None:
     positive = {"norm_eps", "fc_norm_eps", "mlp_ratio"}
     for name in ("mlp_ratio", "norm_eps", "fc_norm_eps", "init_values", "drop_path_rate", "head_drop_rate"):
         value = getattr(config, name)
-        _number(name, value, name in positive)
+        check_number(name, value, name in positive)
         if name.endswith("_rate") and value >= 1:
             raise ValueError(f"{name} must be below 1, got {value}")
     if config.mlp_dim < 1:
         raise ValueError(f"mlp_ratio {config.mlp_ratio} leaves no hidden layer at embed_dim {config.embed_dim}")
 
 
-def _number(name: str, value: Any, positive: bool) -> None:
+def check_number(name: str, value: Any, positive: bool) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value}")
 
 
-def _per_channel(name: str, given: Any, in_chans: int) -> tuple[float, ...]:
+def per_channel(name: str, given: Any, in_chans: int) -> tuple[float, ...]:
     if not isinstance(given, (tuple, list)) or not all(isinstance(v, (int, float)) for v in given):
         raise TypeError(f"{name} must be a tuple of {in_chans} numbers, one a channel, got {given!r}")
     if len(given) != in_chans:
@@ -177,7 +202,7 @@ def _per_channel(name: str, given: Any, in_chans: int) -> tuple[float, ...]:
     return tuple(float(v) for v in given)
 
 
-def _close(name: str, known: list[str]) -> str:
+def close_to(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
@@ -220,7 +245,7 @@ class MAEConfig(ViTConfig):
     def decoder(self) -> ViTConfig:
         """The decoder's blocks, as a ViT of its width over the same tokens."""
         for name in ("decoder_mlp_ratio", "decoder_norm_eps"):
-            _number(name, getattr(self, name), positive=True)
+            check_number(name, getattr(self, name), positive=True)
         for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -238,6 +263,8 @@ class MAEConfig(ViTConfig):
             num_heads=self.decoder_num_heads,
             mlp_ratio=self.decoder_mlp_ratio,
             drop_path_rate=0.0,
+            adapter_hidden=0,
+            adapter_layers=None,
         )
 
     @property
@@ -297,7 +324,7 @@ def from_name(name: str, **overrides: Any) -> ViTConfig:
     if name in _MAE_NAMES:
         raise ValueError(f"{name!r} names a MaskedAutoencoder, not a MaskedViT")
     if name not in known:
-        raise ValueError(f"unknown model {name!r}{_close(str(name), known)}; the names are {', '.join(known)}")
+        raise ValueError(f"unknown model {name!r}{close_to(str(name), known)}; the names are {', '.join(known)}")
     return ViTConfig.from_dict({**_NAMES[_ALIASES.get(name, name)], **overrides})
 
 
@@ -305,7 +332,7 @@ def mae_from_name(name: str, **overrides: Any) -> MAEConfig:
     """As from_name, of a published pre-training model."""
     known = sorted(_MAE_NAMES)
     if name not in known:
-        raise ValueError(f"unknown model {name!r}{_close(str(name), known)}; the names are {', '.join(known)}")
+        raise ValueError(f"unknown model {name!r}{close_to(str(name), known)}; the names are {', '.join(known)}")
     return MAEConfig.from_dict({**_MAE_NAMES[name], **overrides})
 
 

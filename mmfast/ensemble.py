@@ -34,7 +34,8 @@ class Encoder(Protocol):
     def check_video(self, video: Tensor) -> Grid: ...
     def embed(self, video: Tensor, pack: Pack) -> Tensor: ...
     def embed_rows(self, rows: Tensor, row_of: Tensor, keep_idx: Tensor, grid: Grid) -> Tensor: ...
-    def logits(self, x: Tensor, pack: Pack) -> Tensor: ...
+    def logits(self, x: Tensor, pack: Pack, grid: Grid) -> Tensor: ...
+    def check_masks(self, masks: Tensor, grid: Grid) -> None: ...
 
 
 @torch.no_grad()
@@ -63,6 +64,7 @@ def ensemble(
     place = video.device if from_host else device
     if masks is not None:
         views = _views_of(masks, batch, grid)
+        model.check_masks(masks, grid)
         masks = masks.to(place)
     ids = clip_id_tensor(clip_ids, batch, place)
 
@@ -84,7 +86,7 @@ def ensemble(
                 x = model.embed(pixels, pack)
             else:
                 x = model.embed_rows(pixels, row_of, pack.keep_idx, grid)
-            return ensemble_probs(model.logits(x, pack).unflatten(0, (-1, views)))
+            return ensemble_probs(model.logits(x, pack, grid).unflatten(0, (-1, views)))
 
         return replay(model, forward, pixels, row_of, pack)
 

@@ -95,6 +95,13 @@ class EpisodeResult:
             raise ValueError(f"parts must have each episode once, got {int(number[again[0]])} twice")
         return EpisodeResult(number, torch.cat([part.correct for part in parts])[order], counts.pop())
 
+    def difference(self, other: "EpisodeResult") -> tuple[float, float]:
+        """Mean and standard error of this accuracy less the other's, episode by episode. ValueError for other episodes."""
+        if self.queries != other.queries or not torch.equal(self.number, other.number):
+            raise ValueError("other must be a result of the same episodes")
+        gained = self.accuracy - other.accuracy
+        return float(gained.mean()), float(gained.std(correction=0)) / math.sqrt(max(len(gained), 1))
+
     def gather(self) -> "EpisodeResult":
         """The merged result of all ranks, on each of them; this one where torch.distributed is not in use."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -205,15 +212,15 @@ def encode_views(
     dataset: items {"clip_id", "label", modality: [C, F, H, W]}, as ClipDataset has them. dtype: bf16 or fp16 autocast; None
     encodes in the model's own. Raises ValueError for arguments out of range and a modality that items do not have.
     """
-    _check_views(model, views, mask_ratio)
+    check_views(model, views, mask_ratio)
     device = next(iter(model.parameters())).device
     loader = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=num_workers)
     features, ids, labels = [], [], []
-    with _evaluating(model), tqdm(total=len(dataset), unit="clip", desc="encoding", disable=not progress) as bar:
+    with evaluating(model), tqdm(total=len(dataset), unit="clip", desc="encoding", disable=not progress) as bar:
         for clips in loader:
-            video, chosen = _pixels(clips, modality), clips["clip_id"]
+            video, chosen = pixels_of(clips, modality), clips["clip_id"]
             if len(chosen):
-                features.append(_encode(model, video, chosen, views, mask_ratio, seed, dtype))
+                features.append(encode_clips(model, video, chosen, views, mask_ratio, seed, dtype))
             ids.append(chosen)
             labels.append(clips["label"])
             bar.update(len(chosen))
@@ -244,28 +251,19 @@ def evaluate_fresh(
     Expensive: every episode decodes and encodes its N (K + Q) clips again. A mask is a function of (seed, episode, clip id,
     view). dataset: as in encode_views, clip i that of episodes.labels[i]. Raises ValueError for a clip that cannot be read.
     """
-    _check_views(model, views, mask_ratio)
-    if len(dataset) != episodes.clips:
-        raise ValueError(f"dataset must have {episodes.clips} clips, one a label of episodes, got {len(dataset)}")
+    check_views(model, views, mask_ratio)
     head = LogisticRegression() if head is None else head
-    clips_of = [torch.cat(pair).tolist() for pair in episodes]
-    loader = iter(DataLoader(dataset, batch_sampler=clips_of, collate_fn=collate, num_workers=num_workers))
+    drawn = clips_of_episodes(dataset, episodes, modality, num_workers)
     numbers, correct = [], []
-    with _evaluating(model), tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
+    with evaluating(model), tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
         for part in episodes.batches(batch):
             supports, queries = [], []
             shots = part.support.shape[1]
             for number in part.number.tolist():
-                clips = next(loader)
-                ids, video = clips["clip_id"], _pixels(clips, modality)
-                lost = shots + part.query.shape[1] - len(ids)
-                if lost:
-                    raise ValueError(
-                        f"dataset has {lost} clips of episode {number} that cannot be read; leave them out"
-                    )
-                own = int(np.random.PCG64([seed, number]).random_raw())
-                supports.append(_encode(model, video[:shots], ids[:shots], 1, mask_ratio, own, dtype)[:, 0])
-                queries.append(_encode(model, video[shots:], ids[shots:], views, mask_ratio, own, dtype))
+                ids, video = next(drawn)
+                own = own_seed(seed, number)
+                supports.append(encode_clips(model, video[:shots], ids[:shots], 1, mask_ratio, own, dtype)[:, 0])
+                queries.append(encode_clips(model, video[shots:], ids[shots:], views, mask_ratio, own, dtype))
                 bar.update()
             support, query = torch.stack(supports), torch.stack(queries)  # [E, N*K, D], [E, N*Q, P, D]
             labels = part.support_labels.to(support.device)
@@ -275,11 +273,40 @@ def evaluate_fresh(
     return make_result(numbers, correct, episodes)
 
 
+def clips_of_episodes(
+    dataset: Any, episodes: Episodes, modality: str, num_workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and pixels of the clips of each episode, supports first.   dataset: clip i is that of episodes.labels[i].
+
+    Raises ValueError for a data set of another length, and for a clip that cannot be read.
+    """
+    if len(dataset) != episodes.clips:
+        raise ValueError(f"dataset must have {episodes.clips} clips, one a label of episodes, got {len(dataset)}")
+    rows = [torch.cat(pair).tolist() for pair in episodes]
+    loader = DataLoader(dataset, batch_sampler=rows, collate_fn=collate, num_workers=num_workers)
+
+    def drawn() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, wanted, clips in zip(episodes.numbers, rows, loader, strict=True):
+            ids = clips["clip_id"]
+            if len(ids) < len(wanted):
+                raise ValueError(
+                    f"dataset has {len(wanted) - len(ids)} clips of episode {number} that cannot be read; leave them out"
+                )
+            yield ids, pixels_of(clips, modality)
+
+    return drawn()
+
+
+def own_seed(seed: int, *numbers: int) -> int:
+    """A seed that is a function of these numbers alone."""
+    return int(np.random.PCG64([seed, *numbers]).random_raw())
+
+
 @torch.no_grad()
-def _encode(
+def encode_clips(
     model: Encoder, video: Tensor, ids: Tensor, views: int, mask_ratio: float, seed: int, dtype: torch.dtype | None
 ) -> Tensor:
-    """float32 [B, P, D] on the model's device."""
+    """float32 [B, P, D] on the model's device: of clips under the masks of (seed, clip id, view)."""
     grid = model.check_video(video)
     device = next(iter(model.parameters())).device
 
@@ -293,19 +320,19 @@ def _encode(
     return torch.cat(run_in_micro_batches(run, len(ids), micro_batch_size(tokens, device)))
 
 
-def _pixels(clips: Mapping[str, Tensor], modality: str) -> Tensor:
+def pixels_of(clips: Mapping[str, Tensor], modality: str) -> Tensor:
     if modality not in clips:
         raise ValueError(f"modality must be one that the data set has ({', '.join(clips)}), got {modality!r}")
     return clips[modality]
 
 
-def _check_views(model: Encoder, views: int, mask_ratio: float) -> None:
+def check_views(model: Encoder, views: int, mask_ratio: float) -> None:
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}")
     kept_per_slot(model.config.grid, mask_ratio)
 
 
-class _evaluating:
+class evaluating:
     """The model in eval mode for a while."""
 
     def __init__(self, model: Any) -> None:

@@ -49,8 +49,13 @@ class Report:
 
 def weights_fingerprint(model: Encoder | nn.Module) -> str:
     """sha256 over the names, dtypes, shapes and bytes of the state dict: equal for equal weights on any device."""
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """weights_fingerprint of a state dict, or of a part of one."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

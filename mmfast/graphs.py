@@ -8,7 +8,7 @@ makes a new graph.
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,13 @@ def _key(model: Any, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     layout = (pixels.shape, pixels.stride(), pixels.dtype, pixels.device, row_of is None)
     # Outside inference mode nothing may be copied into a tensor made inside.
-    modes = (autocast, forced(), tf32_allowed(), torch.is_inference_mode_enabled())
+    modes = (
+        autocast,
+        forced(),
+        tf32_allowed(),
+        torch.is_inference_mode_enabled(),
+        getattr(model, "use_adapters", False),
+    )
     return (layout, pack.num_sequences, pack.length, weights, modes)
 
 
@@ -92,7 +98,7 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 
 def _capture(forward: Forward, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> _Captured:
     inputs = tuple(t.clone() for t in _inputs(pixels, row_of, pack))
-    static_pack = Pack(inputs[1], pack.cu_seqlens.clone(), pack.clip_of.clone(), pack.length, pack.max_length)
+    static_pack = replace(pack, keep_idx=inputs[1], cu_seqlens=pack.cu_seqlens.clone(), clip_of=pack.clip_of.clone())
     static_rows = inputs[2] if len(inputs) == 3 else None
     with torch.cuda.device(pixels.device):
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -102,5 +108,6 @@ def _capture(forward: Forward, pixels: Tensor, row_of: Tensor | None, pack: Pack
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            output = forward(inputs[0], static_rows, static_pack)
+            # A pack of its own: what the first run left with the other would be a constant of the graph.
+            output = forward(inputs[0], static_rows, replace(static_pack))
     return _Captured(graph, inputs, static_pack, output)

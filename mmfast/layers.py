@@ -1,17 +1,23 @@
 """Transformer modules over packed tokens: x [T, D], all sequences end to end, described by a Pack."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmfast_kernels.attention import packed_self_attention
+from mmfast_kernels.attention import packed_attention, packed_self_attention
 from mmfast_kernels.linear import linear
 from mmfast_kernels.mlp_block import mlp
 from mmfast_kernels.norm import add_layer_norm, layer_norm
 
 from . import profiling
 from .masks import Grid, Pack
+
+if TYPE_CHECKING:
+    from .adapters import FrameLayout
 
 
 class LayerNorm(nn.LayerNorm):
@@ -37,23 +43,40 @@ class Attention(nn.Module):
     """Multi-head self-attention within each sequence of a pack.
 
     qkv_bias: "qv" (VideoMAE: biases on q and v, none on k), "full" (CLIP) or "none".
+    causal: a token sees itself and those before it.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qv") -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: str = "qv", causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias == "full")
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, pack: Pack) -> Tensor:
+    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None = None) -> Tensor:
+        """x: [T, D]. rows: int [S], a token of each sequence to compute alone, over all of its sequence: of a causal one
+        the last. Returns [T, D] or [S, D]."""
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if rows is not None:
+            return self.proj(self._of_rows(x, pack, rows, bias).flatten(1))
         qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        out = packed_self_attention(qkv, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length)
+        out = packed_self_attention(
+            qkv, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length, causal=self.causal
+        )
         return self.proj(out.flatten(1))
+
+    def _of_rows(self, x: Tensor, pack: Pack, rows: Tensor, bias: Tensor | None) -> Tensor:
+        dim, weight = x.shape[-1], self.qkv.weight
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:dim], bias[dim:])
+        q = linear(x.index_select(0, rows), weight[:dim], q_bias).unflatten(-1, (self.num_heads, -1))
+        k, v = linear(x, weight[dim:], kv_bias).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        return packed_attention(
+            q, k, v, length=1, cu_seqlens_k=pack.cu_seqlens, length_k=pack.length, max_length_k=pack.max_length
+        )
 
 
 class Mlp(nn.Module):
@@ -79,8 +102,13 @@ class Block(nn.Module):
 
     forward(x, branch, pack) takes the residual stream and the branch the block before left to be added (None at first), and
     returns the same two, so that every addition is fused with the norm that follows it, and every parameter is used
-    inside its own block.
+    inside its own block. Adapters, residual included, stand where they are set: `adapter_pre_attn`, `adapter_pre_mlp`.
+    layout, where the adapters run over frames: how x is laid out in them. rows: int [S], a token of each sequence, which
+    alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed.
     """
+
+    adapter_pre_attn: nn.Module | None
+    adapter_pre_mlp: nn.Module | None
 
     def __init__(
         self,
@@ -93,35 +121,60 @@ class Block(nn.Module):
         init_values: float = 0.0,
         drop_path: float = 0.0,
         gelu: str = "erf",
+        causal: bool = False,
     ) -> None:
         super().__init__()
+        self.register_module("adapter_pre_attn", None)
         self.norm1 = LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, causal)
+        self.register_module("adapter_pre_mlp", None)
         self.norm2 = LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, hidden, gelu)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values > 0 else None
         self.drop_path = drop_path
+        self.use_adapters = True
 
-    def forward(self, x: Tensor, branch: Tensor | None, pack: Pack) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        pack: Pack,
+        layout: "FrameLayout | None" = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         with profiling.range("attention"):
-            if branch is None:
-                h = self.norm1(x)
-            else:
-                x, h = self.norm1.add(x, branch)
-            branch = self._scaled(self.attn(h, pack), self.gamma_1, pack)
+            x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
+            branch = self._scaled(self.attn(h, pack, rows), self.gamma_1, pack, rows)
+        if rows is not None:
+            x, layout = x.index_select(0, rows), None
         with profiling.range("mlp"):
-            x, h = self.norm2.add(x, branch)
-            return x, self._scaled(self.mlp(h), self.gamma_2, pack)
+            x, h = self._normed(self.norm2, self.adapter_pre_mlp, x, branch, layout)
+            return x, self._scaled(self.mlp(h), self.gamma_2, pack, rows)
 
-    def _scaled(self, branch: Tensor, gamma: Tensor | None, pack: Pack) -> Tensor:
+    def _normed(
+        self,
+        norm: LayerNorm,
+        adapter: nn.Module | None,
+        x: Tensor,
+        branch: Tensor | None,
+        layout: "FrameLayout | None",
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the branch added and the adapter applied, and its norm."""
+        if adapter is None or not self.use_adapters:
+            return (x, norm(x)) if branch is None else norm.add(x, branch)
+        x = x if branch is None else x + branch
+        x = adapter(x) if layout is None else adapter.run(x, layout)  # type: ignore[operator]  # an adapter over frames
+        return x, norm(x)
+
+    def _scaled(self, branch: Tensor, gamma: Tensor | None, pack: Pack, rows: Tensor | None) -> Tensor:
         """LayerScale, and stochastic depth: the branch of a whole sequence dropped (Huang et al., ECCV 2016)."""
         if gamma is not None:
             branch = branch * gamma
         if self.training and self.drop_path > 0:
             keep = 1 - self.drop_path
             scale = branch.new_empty(pack.num_sequences, 1).bernoulli_(keep) / keep
-            branch = branch * pack.per_token(scale)
+            branch = branch * (pack.per_token(scale) if rows is None else scale)
         return branch
 
 
@@ -130,15 +183,17 @@ def set_recompute(blocks: nn.ModuleList, enable: bool, what: str) -> bool:
     if what not in ("block", "mlp"):
         raise ValueError(f'what must be "block" or "mlp", got {what!r}')
     for block in blocks:
-        block.mlp.recompute = enable and what == "mlp"  # type: ignore[union-attr]
+        block.mlp.recompute = enable and what == "mlp"  # type: ignore[union-attr]  # blocks are Blocks
     return enable and what == "block"
 
 
-def run_block(block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack, recompute: bool) -> tuple[Tensor, Tensor]:
-    """block(x, branch, pack); with recompute only its inputs are kept for the backward."""
+def run_block(
+    block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack, recompute: bool, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """block(x, branch, pack, *rest); with recompute only its inputs are kept for the backward."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x, branch, pack, use_reentrant=False)
-    return block(x, branch, pack)
+        return checkpoint(block, x, branch, pack, *rest, use_reentrant=False)
+    return block(x, branch, pack, *rest)
 
 
 class Constant(nn.Module):
@@ -156,6 +211,12 @@ class Constant(nn.Module):
 
     def forward(self) -> Tensor:
         return self.bits.view(torch.float32)
+
+
+def pixel_affine(mean: Sequence[float], std: Sequence[float]) -> Constant:
+    """fp32 [2, C]: the scale and shift that normalise uint8 pixels."""
+    means, stds = torch.tensor(mean), torch.tensor(std)
+    return Constant(torch.stack((1 / (255 * stds), -means / stds)))
 
 
 def sinusoid_positions(num_tokens: int, dim: int) -> Tensor:

@@ -15,8 +15,8 @@ from . import profiling
 from .config import MAEConfig, mae_from_name
 from .decoder_pack import DecoderPack, decoder_pack
 from .layers import Block, Constant, LayerNorm, Linear, resize_positions, run_block, set_recompute, sinusoid_positions
-from .masks import Grid, Pack
-from .vit import MaskedViT, check_mask
+from .masks import Grid, Pack, check_mask
+from .vit import MaskedViT
 
 if TYPE_CHECKING:
     from .checkpoints import LoadReport
@@ -171,7 +171,8 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, video: Tensor, visible: Pack) -> Tensor:
         """Visible tokens after the encoder's norm, [Tv, D]."""
         with profiling.range("encoder"):
-            return self.encoder.encode_tokens(self.encoder.embed(video, visible), visible)
+            x = self.encoder.embed(video, visible)
+            return self.encoder.encode_tokens(x, visible, self.encoder.check_video(video))
 
     def predict(self, tokens: Tensor, plan: DecoderPack, grid: Grid) -> Tensor:
         """Predictions [M, C*tt*p*p] for the removed tokens of a DecoderPack.   tokens: [Tv, D], of `encode`."""

@@ -27,6 +27,7 @@ class Pack:
     clip_of: int32 [S], the clip a sequence is a view of.
     length: tokens of every sequence when all are equal (the dense fast path), else None.
     max_length: an upper bound of the sequence lengths.
+    tubes: whether every sequence is known to keep the same cells in all slots, as those of sample_pack do.
     """
 
     keep_idx: Tensor
@@ -34,6 +35,7 @@ class Pack:
     clip_of: Tensor
     length: int | None
     max_length: int
+    tubes: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -62,7 +64,8 @@ class Pack:
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Pack":
-        return Pack(move(self.keep_idx), move(self.cu_seqlens), move(self.clip_of), self.length, self.max_length)
+        moved = move(self.keep_idx), move(self.cu_seqlens), move(self.clip_of)
+        return Pack(*moved, self.length, self.max_length, self.tubes)
 
 
 torch.export.register_dataclass(Pack, serialized_type_name="mmfast.Pack")
@@ -159,11 +162,11 @@ def sample_pack(
 ) -> Pack:
     """The pack of tube_masks (or random_masks, per_slot=True), straight from its parameters: nothing waits for the device."""
     keep_idx = _sample_keep(batch, views, grid, mask_ratio, keep, seed, clip_ids, device, per_slot)
-    return dense_pack(keep_idx)
+    return dense_pack(keep_idx, tubes=not per_slot)
 
 
-def dense_pack(keep_idx: Tensor) -> Pack:
-    """Pack of equally long views.   keep_idx: int [B, P, n], ascending."""
+def dense_pack(keep_idx: Tensor, tubes: bool = False) -> Pack:
+    """Pack of equally long views.   keep_idx: int [B, P, n], ascending.   tubes: as in Pack."""
     batch, views, length = keep_idx.shape
     device = keep_idx.device
     return Pack(
@@ -174,12 +177,14 @@ def dense_pack(keep_idx: Tensor) -> Pack:
         torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(views),
         length,
         length,
+        tubes,
     )
 
 
 def full_pack(batch: int, num_tokens: int, device: Device = "cpu") -> Pack:
     """Pack with nothing removed: one view a clip."""
-    return dense_pack(torch.arange(num_tokens, dtype=torch.int32, device=device).expand(batch, 1, num_tokens))
+    ids = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    return dense_pack(ids.expand(batch, 1, num_tokens), tubes=True)
 
 
 def pack_masks(mask: Tensor) -> Pack:
@@ -218,7 +223,47 @@ def join_packs(packs: Sequence[Pack], batches: Sequence[int]) -> Pack:
         torch.cat(clips),
         lengths.pop() if len(lengths) == 1 else None,
         max(p.max_length for p in packs),
+        all(p.tubes for p in packs),
     )
+
+
+def video_grid(video: Tensor, in_chans: int, tubelet: int, patch: int) -> Grid:
+    """The token grid of a video [B, in_chans, F, H, W], or an error that says what is wrong with it."""
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video must be a tensor [B, C, F, H, W], got {type(video).__name__}")
+    if video.dim() != 5:
+        raise ValueError(f"video must be [B, C, F, H, W], got shape {tuple(video.shape)}")
+    if video.dtype != torch.uint8 and not video.is_floating_point():
+        raise TypeError(f"video must be uint8 (raw) or floating point (normalised), got {video.dtype}")
+    _, channels, frames, height, width = video.shape
+    if channels != in_chans:
+        raise ValueError(f"video has {channels} channels in shape {tuple(video.shape)}; this model takes {in_chans}")
+    if frames == 0 or frames % tubelet:
+        raise ValueError(f"video has {frames} frames; they must be a positive multiple of the tubelet size {tubelet}")
+    if min(height, width) == 0 or height % patch or width % patch:
+        raise ValueError(f"video is {height} x {width}; both must be positive multiples of the patch size {patch}")
+    return frames // tubelet, height // patch, width // patch
+
+
+def check_mask(mask: Tensor, batch: int, tokens: int, grid: Grid, name: str = "mask") -> None:
+    """Raise unless mask is bool [batch, tokens] or [batch, P, tokens]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor (True = removed) or a Pack, got {got}")
+    if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != tokens:
+        raise ValueError(
+            f"{name} must be [{batch}, {tokens}] or [{batch}, P, {tokens}] for a {grid[0]} x {grid[1]} x {grid[2]} grid, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def check_tubes(mask: Tensor, grid: Grid, name: str = "mask") -> None:
+    """Raise unless mask [.., N] removes the same cells in every slot. Waits for the device that the mask is on."""
+    slots = mask.reshape(-1, grid[0], grid[1] * grid[2])
+    if not torch.equal(slots, slots[:, :1].expand_as(slots)):
+        raise ValueError(
+            f"{name} must remove the same cells in all {grid[0]} slots (tube_masks): the adapters run along time in each cell"
+        )
 
 
 def _sample_keep(

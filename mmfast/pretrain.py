@@ -70,7 +70,7 @@ class MaskedPretraining(nn.Module):
         visible = join_packs([part[0] for part in parts], [len(v) for v in videos])
         plan = decoder_pack(visible, grids[0][0] * grids[0][1] * grids[0][2]) if len(parts) > 1 else parts[0][1]
         x = torch.cat([model.encoder.embed(v, part[0]) for v, part in zip(videos, parts, strict=True)])
-        tokens = model.encoder.encode_tokens(x, visible)
+        tokens = model.encoder.encode_tokens(x, visible, grids[0])
         pred = model.predict(tokens, plan, grids[0])
 
         losses = {}

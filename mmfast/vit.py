@@ -13,10 +13,22 @@ from mmfast_kernels.patches import tube_embed
 from mmfast_kernels.pool import segment_mean_norm
 
 from . import profiling
+from .adapters import FrameLayout
+from .clip_blocks import AdapterPlacement, place_adapters
 from .config import ViTConfig, from_name
 from .ensemble import ensemble
-from .layers import Block, Constant, LayerNorm, Linear, resize_positions, run_block, set_recompute, sinusoid_positions
-from .masks import ClipIds, Grid, Pack, full_pack, join_packs, pack_masks
+from .layers import (
+    Block,
+    Constant,
+    LayerNorm,
+    Linear,
+    pixel_affine,
+    resize_positions,
+    run_block,
+    set_recompute,
+    sinusoid_positions,
+)
+from .masks import ClipIds, Grid, Pack, check_mask, check_tubes, full_pack, join_packs, pack_masks, video_grid
 
 if TYPE_CHECKING:
     from .checkpoints import LoadReport
@@ -51,6 +63,7 @@ class MaskedViT(nn.Module):
 
     video: [B, C, F, H, W] on any strides, float and normalised already, or uint8 and normalised inside with config.mean and
     config.std. mask: bool [B, N] or [B, P, N], True = removed; or a Pack; None keeps every token. Token ids are t-major.
+    With adapters (config.adapter_hidden, add_adapters) a mask must remove the same cells in every slot, as tube_masks do.
     """
 
     load_report: "LoadReport | None" = None
@@ -78,10 +91,12 @@ class MaskedViT(nn.Module):
         self.fc_norm = LayerNorm(dim, eps=config.fc_norm_eps) if config.fc_norm else None
         self.head: nn.Module = Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
         self._positions = Constant(sinusoid_positions(config.num_tokens, dim))
-        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-        self._pixel_affine = Constant(torch.stack((1 / (255 * std), -mean / std)))
+        self._pixel_affine = pixel_affine(config.mean, config.std)
         self.grad_checkpointing = False
         self.apply(_init_weights)
+        self.use_adapters = True
+        if config.adapter_hidden:
+            place_adapters(self.blocks, dim, _placement(config))
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "MaskedViT":
@@ -113,7 +128,8 @@ class MaskedViT(nn.Module):
     def encode(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Pooled features: [B, D]; [B, P, D] for a [B, P, N] mask; [S, D] for a Pack."""
         pack, lead = self.pack(video, mask)
-        return self._pool(self._encode(self.embed(video, pack), pack), pack).unflatten(0, lead)
+        stream = self._encode(self.embed(video, pack), pack, self.check_video(video))
+        return self._pool(stream, pack).unflatten(0, lead)
 
     def forward_features(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Tokens after the final norm, ascending ids: [B, n, D]; [B, P, n, D] for a [B, P, N] mask. Needs equal counts."""
@@ -122,7 +138,8 @@ class MaskedViT(nn.Module):
             raise ValueError(
                 "forward_features needs views that keep equally many tokens; use forward_packed for unequal ones"
             )
-        return self.encode_tokens(self.embed(video, pack), pack).unflatten(0, (*lead, pack.length))
+        tokens = self.encode_tokens(self.embed(video, pack), pack, self.check_video(video))
+        return tokens.unflatten(0, (*lead, pack.length))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens [..., n, D] of forward_features to features [..., D] (pre_logits=True) or logits [..., K]."""
@@ -143,8 +160,8 @@ class MaskedViT(nn.Module):
         Groups of clips of different sizes or frame counts go in as a list of videos with a list of masks: one pack of all.
         """
         if isinstance(video, Tensor):
-            pack, _ = self.pack(video, mask)  # type: ignore[arg-type]
-            x = self.embed(video, pack)
+            pack, _ = self.pack(video, mask)  # type: ignore[arg-type]  # one video has one mask
+            x, grid = self.embed(video, pack), self.check_video(video)
         else:
             masks = [None] * len(video) if mask is None else mask
             if not isinstance(masks, Sequence) or len(masks) != len(video):
@@ -154,7 +171,12 @@ class MaskedViT(nn.Module):
             packs = [self.pack(v, m)[0] for v, m in zip(video, masks, strict=True)]
             x = torch.cat([self.embed(v, p) for v, p in zip(video, packs, strict=True)])
             pack = join_packs(packs, [len(v) for v in video])
-        return PackedTokens(self.encode_tokens(x, pack), pack)
+            grid, *others = {self.check_video(v) for v in video}
+            if others and self._adapts:
+                raise ValueError(
+                    f"videos must have one token grid, which the adapters run over, got {grid} and {others[0]}"
+                )
+        return PackedTokens(self.encode_tokens(x, pack, grid), pack)
 
     def forward_intermediates(
         self,
@@ -177,11 +199,11 @@ class MaskedViT(nn.Module):
             range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
         )
         wanted = {i % depth for i in chosen}
-        x = self.embed(video, pack)
+        x, layout = self.embed(video, pack), self._layout(pack, self.check_video(video))
         branch: Tensor | None = None
         taken = []
         for i, block in enumerate(self.blocks):
-            x, branch = run_block(block, x, branch, pack, self.grad_checkpointing)
+            x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
             if i in wanted:
                 taken.append(self._normed((x, branch)) if norm else x + branch)
         assert branch is not None
@@ -222,37 +244,23 @@ class MaskedViT(nn.Module):
         """Embed from pixels gathered already.   rows: [U, C, tt, p, p]; row_of: int32 [T], the row of each token."""
         return self._tube_embed(rows, torch.zeros_like(row_of), row_of, keep_idx, self._positions_of(grid))
 
-    def encode_tokens(self, x: Tensor, pack: Pack) -> Tensor:
-        """Tokens [T, D] after the blocks and the final norm, of embedded tokens [T, D]."""
-        return self._normed(self._encode(x, pack))
+    def encode_tokens(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Tensor:
+        """Tokens [T, D] after the blocks and the final norm, of embedded ones [T, D].   grid: of the videos, unless config's."""
+        return self._normed(self._encode(x, pack, grid))
 
-    def logits(self, x: Tensor, pack: Pack) -> Tensor:
-        """Logits [S, K] of embedded tokens [T, D]."""
-        return self.head(self._dropout(self._pool(self._encode(x, pack), pack)))
+    def logits(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Tensor:
+        """Logits [S, K] of embedded tokens [T, D].   grid: of the videos, unless config's."""
+        return self.head(self._dropout(self._pool(self._encode(x, pack, grid), pack)))
+
+    def check_masks(self, masks: Tensor, grid: Grid) -> None:
+        """Raise ValueError where the adapters cannot run under masks [.., N]."""
+        if self._adapts:
+            check_tubes(masks, grid)
 
     def check_video(self, video: Tensor) -> Grid:
         """The token grid of a video, or a ValueError that says what is wrong with it."""
         c = self.config
-        if not isinstance(video, Tensor):
-            raise TypeError(f"video must be a tensor [B, C, F, H, W], got {type(video).__name__}")
-        if video.dim() != 5:
-            raise ValueError(f"video must be [B, C, F, H, W], got shape {tuple(video.shape)}")
-        if video.dtype != torch.uint8 and not video.is_floating_point():
-            raise TypeError(f"video must be uint8 (raw) or floating point (normalised), got {video.dtype}")
-        _, channels, frames, height, width = video.shape
-        if channels != c.in_chans:
-            raise ValueError(
-                f"video has {channels} channels in shape {tuple(video.shape)}; this model takes {c.in_chans}"
-            )
-        if frames == 0 or frames % c.tubelet_size:
-            raise ValueError(
-                f"video has {frames} frames; they must be a positive multiple of the tubelet size {c.tubelet_size}"
-            )
-        if min(height, width) == 0 or height % c.patch_size or width % c.patch_size:
-            raise ValueError(
-                f"video is {height} x {width}; both must be positive multiples of the patch size {c.patch_size}"
-            )
-        return frames // c.tubelet_size, height // c.patch_size, width // c.patch_size
+        return video_grid(video, c.in_chans, c.tubelet_size, c.patch_size)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -263,6 +271,35 @@ class MaskedViT(nn.Module):
     def std(self) -> tuple[float, ...]:
         """Per channel, on px/255: what a uint8 video is normalised with."""
         return self.config.std
+
+    # Adapters
+
+    def add_adapters(
+        self, hidden: int, before: str | Sequence[str] = ("attn",), layers: Sequence[int] | None = None
+    ) -> None:
+        """Put fresh TED-Adapters, which change nothing yet, before "attn", "mlp" or both of the blocks `layers`, or of all.
+
+        Raises ValueError where there are adapters already or an argument does not fit; the config says where they are.
+        """
+        if self.config.adapter_hidden:
+            raise ValueError(f"the model has adapters already, {self.config.adapter_hidden} wide")
+        if hidden < 1:
+            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        places: dict[str, Any] = {"adapter_before": before, "adapter_layers": layers}
+        self.config = replace(self.config, adapter_hidden=hidden, **places)
+        place_adapters(self.blocks, self.embed_dim, _placement(self.config))
+        like = self.patch_embed.proj.weight
+        for block in self.blocks:
+            for adapter in (block.adapter_pre_attn, block.adapter_pre_mlp):
+                if isinstance(adapter, nn.Module):
+                    adapter.to(like.device, like.dtype).train(self.training)
+        self.enable_adapters()
+
+    def enable_adapters(self, on: bool = True) -> None:
+        """Whether the adapters take part; without them the model is the one they were added to."""
+        self.use_adapters = on
+        for block in self.blocks:
+            block.use_adapters = on  # type: ignore[assignment]  # blocks are Blocks
 
     # timm's names
 
@@ -311,7 +348,10 @@ class MaskedViT(nn.Module):
         if isinstance(mask, Pack):
             return mask, (mask.num_sequences,)
         check_mask(mask, batch, tokens, grid)
-        return pack_masks(mask.to(self._device)), tuple(mask.shape[:-1])
+        known = self._adapts and not torch.compiler.is_compiling()
+        if known:
+            self.check_masks(mask, grid)
+        return replace(pack_masks(mask.to(self._device)), tubes=known), tuple(mask.shape[:-1])
 
     def _tube_embed(
         self, pixels: Tensor, token_idx: Tensor, clip_idx: Tensor, pos_idx: Tensor | None, positions: Tensor
@@ -326,12 +366,25 @@ class MaskedViT(nn.Module):
     def _positions_of(self, grid: Grid) -> Tensor:
         return resize_positions(self._positions(), self.config.grid, grid)
 
-    def _encode(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+    @property
+    def _adapts(self) -> bool:
+        return self.config.adapter_hidden > 0 and self.use_adapters
+
+    def _layout(self, pack: Pack, grid: Grid) -> FrameLayout | None:
+        """What the adapters run on, where there are any: the frames are the slots."""
+        if not self._adapts:
+            return None
+        if pack.length == grid[0] * grid[1] * grid[2]:
+            return FrameLayout.dense(pack.num_sequences, grid[0], grid[1:], False, pack.keep_idx.device)
+        capturing = pack.keep_idx.is_cuda and torch.cuda.is_current_stream_capturing()
+        return FrameLayout.of_pack(pack, grid, check=not pack.tubes and not capturing)
+
+    def _encode(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream after the last block, and the branch still to be added to it."""
-        branch = None
+        branch, layout = None, self._layout(pack, grid or self.config.grid)
         for i, block in enumerate(self.blocks):
             with profiling.range(f"block{i}"):
-                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing)
+                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
         assert branch is not None
         return x, branch
 
@@ -367,16 +420,8 @@ class MaskedViT(nn.Module):
         return self.patch_embed.proj.weight.device
 
 
-def check_mask(mask: Tensor, batch: int, tokens: int, grid: Grid, name: str = "mask") -> None:
-    """Raise unless mask is bool [batch, tokens] or [batch, P, tokens]."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor (True = removed) or a Pack, got {got}")
-    if mask.dim() not in (2, 3) or mask.shape[0] != batch or mask.shape[-1] != tokens:
-        raise ValueError(
-            f"{name} must be [{batch}, {tokens}] or [{batch}, P, {tokens}] for a {grid[0]} x {grid[1]} x {grid[2]} grid, "
-            f"got {tuple(mask.shape)}"
-        )
+def _placement(config: ViTConfig) -> AdapterPlacement:
+    return AdapterPlacement(config.adapter_layers, config.adapter_before, config.adapter_hidden, "ted")
 
 
 def _norm_arguments(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:

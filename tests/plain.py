@@ -19,12 +19,19 @@ def positions(num_tokens: int, dim: int) -> Tensor:
     ).float()
 
 
+def _as_it_is(block: int, half: str, x: Tensor) -> Tensor:
+    return x
+
+
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
 
-def tokens(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None = None) -> Tensor:
-    """video: float [B, C, F, H, W], normalised.   mask: bool [B, N], equal counts.   Returns [B, n, D]."""
+def tokens(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None = None, adapt=_as_it_is) -> Tensor:
+    """video: float [B, C, F, H, W], normalised.   mask: bool [B, N], equal counts.   Returns [B, n, D].
+
+    adapt(block, half, x): what stands before the "attn" or "mlp" of a block.
+    """
     p = config.patch_size
     stride = (config.tubelet_size, p, p)
     x = F.conv3d(video, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride)
@@ -34,12 +41,12 @@ def tokens(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None 
         kept = (~mask).nonzero()[:, 1].view(len(video), -1)
         x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
     for i in range(config.depth):
-        x = _block(config, part(state, f"blocks.{i}."), x)
+        x = _block(config, part(state, f"blocks.{i}."), x, lambda half, x, i=i: adapt(i, half, x))
     return _norm(x, state, "norm", config.norm_eps) if config.final_norm else x
 
 
-def logits(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None = None) -> Tensor:
-    x = tokens(config, state, video, mask)
+def logits(config, state: dict[str, Tensor], video: Tensor, mask: Tensor | None = None, adapt=_as_it_is) -> Tensor:
+    x = tokens(config, state, video, mask, adapt)
     x = x[:, 0] if config.pool == "first" else x.mean(1)
     if config.fc_norm:
         x = _norm(x, state, "fc_norm", config.fc_norm_eps)
@@ -50,8 +57,9 @@ def _norm(x: Tensor, state: dict[str, Tensor], name: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
 
-def _block(config, s: dict[str, Tensor], x: Tensor) -> Tensor:
+def _block(config, s: dict[str, Tensor], x: Tensor, adapt=lambda half, x: x) -> Tensor:
     batch, n, dim = x.shape
+    x = adapt("attn", x)
     bias = None
     if config.qkv_bias == "qv":
         bias = torch.cat((s["attn.q_bias"], torch.zeros_like(s["attn.q_bias"]), s["attn.v_bias"]))
@@ -62,7 +70,7 @@ def _block(config, s: dict[str, Tensor], x: Tensor) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, n, dim)
     a = F.linear(out, s["attn.proj.weight"], s["attn.proj.bias"])
-    x = x + a * s.get("gamma_1", 1)
+    x = adapt("mlp", x + a * s.get("gamma_1", 1))
     h = F.gelu(F.linear(_norm(x, s, "norm2", config.norm_eps), s["mlp.fc1.weight"], s["mlp.fc1.bias"]))
     return x + F.linear(h, s["mlp.fc2.weight"], s["mlp.fc2.bias"]) * s.get("gamma_2", 1)
 

@@ -74,7 +74,13 @@ def test_a_light_command_gets_the_rest_and_gives_the_exit_code(light: list[list[
 def test_help_lists_every_command_with_one_line(args: list[str], code: int, light: Any, capsys: Any) -> None:
     assert main(args) == code
     said = capsys.readouterr().out
-    for line in ("pretrain  stage I: ", "distill   stage II: ", "convert   change a checkpoint's dialect\n"):
+    lines = (
+        "pretrain  stage I: ",
+        "distill   stage II: ",
+        "fit-clip  M2-CLIP: ",
+        "convert   change a checkpoint's dialect\n",
+    )
+    for line in lines:
         assert f"\n  {line}" in said
     assert "At length" not in said
 
@@ -88,7 +94,9 @@ def test_version(capsys: Any) -> None:
 
 def test_an_unknown_command_is_refused(light: Any, capsys: Any) -> None:
     assert main(["pretrian"]) == 2
-    assert "unknown command 'pretrian'; the commands are pretrain, distill, convert" in capsys.readouterr().err
+    assert (
+        "unknown command 'pretrian'; the commands are pretrain, distill, fit-clip, convert" in capsys.readouterr().err
+    )
 
 
 def test_an_error_is_one_line(light: Any, capsys: Any) -> None:

@@ -59,6 +59,17 @@ def test_evaluate_with_fresh_masks(checkpoint: Path, labelled: Path, tmp_path: P
     assert not list(tmp_path.glob("*.features"))
 
 
+def test_evaluate_with_adapters_trained_on_the_supports(checkpoint: Path, labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e.json"
+    arguments = ("--checkpoint", checkpoint, "--out", out, "--k-shot", 1, "--head", "ted", *PROTOCOL, "--episodes", 3)
+    assert run("evaluate", labelled, *arguments, "--adapter-steps", 2, "--adapter-before", "attn", "mlp") == 0
+    about = json.loads(out.read_text())
+    assert about["results"][0]["accuracy"] > 0.8
+    assert about["settings"]["adaptation"]["steps"] == 2
+    assert about["settings"]["adaptation"]["before"] == ["attn", "mlp"]
+    assert not list(tmp_path.glob("*.features"))
+
+
 def test_two_processes_share_clips_and_episodes_and_give_the_table_of_one(
     checkpoint: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +115,15 @@ def test_evaluate_refuses_classes_that_are_too_small_by_name(
     [
         (["STORE", "--views", "3"], "views must lie in 1..2"),
         (["STORE", "--fresh"], "holds features only"),
+        (["STORE", "--head", "ted"], "trains on clips, and"),
+        (
+            ["LABELLED", "--checkpoint", "CHECKPOINT", "--head", "ted", "--fresh"],
+            "takes neither --adaptive nor --fresh",
+        ),
+        (
+            ["LABELLED", "--checkpoint", "CHECKPOINT", "--head", "ted", "--k-shot", "1", "--adapter-layers", "7"],
+            "adapter_layers must be numbers of blocks, 0..1",
+        ),
         (["LABELLED"], "--checkpoint is needed"),
         (["STORE", "--adaptive", "--fresh"], "--fresh keeps none"),
         (["STORE", "--agreement", "2"], "agreement must lie in [0, 1]"),

@@ -1,7 +1,7 @@
 """The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
 
 Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
-mmfast_kernels.sampling, .gather and .attention_cpp. All release the GIL and may run at the same time.
+mmfast_kernels.sampling, .gather, .attention_cpp and .ted. All release the GIL and may run at the same time.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,22 @@ def attention_backward(
     n_q: int, cu_k: int, n_k: int, sequences: int, heads: int, d: int, causal: bool, scale: float, dout: int, out: int,
     lse: int, dq: int, dq_layout: Sequence[int], dk: int, dk_layout: Sequence[int], dv: int, dv_layout: Sequence[int],
     threads: int, widest: int, /,
+) -> None: ...  # fmt: skip
+def ted_stencil(
+    h: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int, space_width: int, out: int,
+    threads: int, widest: int, /,
+) -> None: ...  # fmt: skip
+def ted_stencil_backward(
+    dout: int, h: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int, space_width: int,
+    dh: int, gradients: Sequence[int], threads: int, widest: int, /,
+) -> None: ...  # fmt: skip
+def ted_stencil_cuda(
+    h: int, type: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int, space_width: int,
+    out: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def ted_stencil_backward_cuda(
+    dout: int, h: int, type: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int,
+    space_width: int, dh: int, gradients: Sequence[int], partials: int, groups: int, stream: int, /,
 ) -> None: ...  # fmt: skip
 def union_rows(
     keep_idx: int, tokens: int, cu_seqlens: int, sequences: int, views: int, union_idx: int, union_clip: int,

@@ -140,6 +140,8 @@ def _inexact_blocks(config: ViTConfig, hf: bool) -> list[str]:
     reasons = []
     if hf and config.init_values > 0:
         reasons.append("init_values above 0")
+    if config.adapter_hidden:
+        reasons.append("adapters")
     if not hf and config.gelu != "erf":
         reasons.append(f'gelu "{config.gelu}"')
     if not hf and config.qkv_bias == "full":

@@ -18,6 +18,7 @@ _ASKED_BY = (
     (re.compile(r"head\.(weight|bias)"), {"num_classes"}),
     (re.compile(r"(decoder\.)?blocks\.\d+\.gamma_[12]"), {"init_values"}),
     (re.compile(r"(decoder\.)?blocks\.\d+\.attn\.(q_bias|v_bias|qkv\.bias)"), {"qkv_bias"}),
+    (re.compile(r"blocks\.\d+\.adapter_pre_.+"), {"adapter_hidden", "adapter_before", "adapter_layers"}),
 )
 
 

@@ -1,11 +1,14 @@
 """The config of a checkpoint: what its dialect knows, the rest read off the shapes of its tensors, then the overrides."""
 
+import re
 from typing import Any
 
 from torch import Tensor
 
 from ..config import MAEConfig, ViTConfig, list_models, mae_from_name, usual_num_heads
 from .layout import BLOCK, PATCH_EMBED, Draft
+
+_ADAPTER = re.compile(r"blocks\.(\d+)\.adapter_pre_(attn|mlp)\.fc1\.weight")
 
 
 def read_config(draft: Draft, kind: type[ViTConfig], overrides: dict[str, Any], where: str) -> ViTConfig:
@@ -59,6 +62,27 @@ def _fields_of_shapes(state: dict[str, Tensor], where: str) -> dict[str, Any]:
         "fc_norm": "fc_norm.weight" in state,
         # Only that it is above 0 matters: the values themselves are in the file.
         "init_values": 1.0 if any(name.endswith(".gamma_1") for name in state) else 0.0,
+        **_adapters(state, where),
+    }
+
+
+def _adapters(state: dict[str, Tensor], where: str) -> dict[str, Any]:
+    """Where a file has adapters, and how wide they are."""
+    found: dict[str, dict[int, int]] = {}
+    for name, tensor in state.items():
+        if place := _ADAPTER.fullmatch(name):
+            found.setdefault(place[2], {})[int(place[1])] = len(tensor)
+    if not found:
+        return {}
+    first, *others = found.values()
+    if any(other != first for other in others) or len(set(first.values())) > 1:
+        raise ValueError(f"{where}: adapters must be equally wide and stand in the same blocks before attn and mlp")
+    layers = tuple(sorted(first))
+    all_of_them = len(layers) == _depth(state, "")
+    return {
+        "adapter_hidden": first[layers[0]],
+        "adapter_before": tuple(found),
+        "adapter_layers": None if all_of_them else layers,
     }
 
 

@@ -123,12 +123,24 @@ def _shapes_of_vit(config: ViTConfig) -> dict[str, tuple[int, ...]]:
         shapes |= linear(f"{block}.mlp.fc1", hidden, dim) | linear(f"{block}.mlp.fc2", dim, hidden)
         if config.init_values > 0:
             shapes |= {f"{block}.gamma_1": (dim,), f"{block}.gamma_2": (dim,)}
+        if config.adapter_hidden and (config.adapter_layers is None or n in config.adapter_layers):
+            for half in config.adapter_before:
+                shapes |= _shapes_of_adapter(f"{block}.adapter_pre_{half}.", dim, config.adapter_hidden)
     if config.final_norm:
         shapes |= pair("norm", dim)
     if config.fc_norm:
         shapes |= pair("fc_norm", dim)
     if config.num_classes:
         shapes |= linear("head", config.num_classes, dim)
+    return shapes
+
+
+def _shapes_of_adapter(prefix: str, dim: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, taps in ((prefix, (1, 3)), (f"{prefix}offset_adapter.", (1, 1, 3, 3))):
+        shapes |= {f"{part}fc1.weight": (hidden, dim), f"{part}fc1.bias": (hidden,)}
+        shapes |= {f"{part}conv.weight": (hidden, *taps), f"{part}conv.bias": (hidden,)}
+        shapes |= {f"{part}fc2.weight": (dim, hidden), f"{part}fc2.bias": (dim,)}
     return shapes
 
 

@@ -12,6 +12,8 @@ from .container import StateDict
 from .dialects import Converted, convert
 
 if TYPE_CHECKING:
+    from ..clip import CLIP
+    from ..m2clip import M2CLIP
     from ..mae import MaskedAutoencoder
     from ..vit import MaskedViT
 
@@ -70,12 +72,27 @@ def load_pretrained_mae(
     return load_into(build, source, model="MaskedAutoencoder", **options)
 
 
-def load_pretrained(source: str | os.PathLike[str] | StateDict, **options: Any) -> "MaskedViT | MaskedAutoencoder":
+def load_pretrained(
+    source: str | os.PathLike[str] | StateDict, *, trust: bool = False, **options: Any
+) -> "MaskedViT | MaskedAutoencoder | CLIP | M2CLIP":
     """The model a checkpoint of any dialect holds, in eval mode, with its `load_report`. Takes what `convert` does.
 
-    A pre-training file, which has a decoder, is a MaskedAutoencoder; any other a MaskedViT.
+    A pre-training file, which has a decoder, is a MaskedAutoencoder; one with both towers of CLIP a CLIP, which takes
+    fields of CLIPConfig, or with M2-CLIP's adapters too an M2CLIP, which takes its own as well; any other a MaskedViT.
     """
-    converted = convert(source, model=None, **options)
+    from .clip import is_clip, load_pretrained_clip, open_clip_source  # which imports LoadReport from here
+    from .m2clip import is_m2clip, load_pretrained_m2clip
+
+    loaded = open_clip_source(source, trust=trust)
+    if is_m2clip(loaded):
+        m2clip, report = load_pretrained_m2clip(loaded, **options)
+        m2clip.load_report = report
+        return m2clip.eval()
+    if is_clip(loaded):
+        clip, report = load_pretrained_clip(loaded, **options)
+        clip.load_report = report
+        return clip.eval()
+    converted = convert(loaded, model=None, **options)
     model, report = _built(_class_of(converted.config), converted)
     model.load_report = report
     return model.eval()

@@ -7,7 +7,7 @@ from importlib import import_module
 SUMMARIES = {
     "predict": "class probabilities of videos, by a classifier or few-shot from a labelled folder, to CSV or JSON",
     "extract": "features of every (clip, view) of a collection, in safetensors shards",
-    "evaluate": "few-shot episodes on a labelled collection or on extracted features: the accuracy table",
+    "evaluate": "the accuracy table of few-shot episodes, of a classifier over many views, or zero-shot by texts",
     "sweep": "accuracy and latency over mask ratios and views, and the best setting under a budget",
     "convert": "a checkpoint into mmfast's own folder or another project's names",
     "doctor": "check a data set's files against its annotations",

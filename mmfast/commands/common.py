@@ -20,6 +20,7 @@ from ..data.annotations import DATASETS, read_annotations
 from ..data.frames import CHANNELS
 from ..data.manifest import folder_manifest, read_manifest
 from ..data.records import AnnotationSet, ClipRecord
+from ..data.video_lists import read_class_names
 from ..extract import PRECISIONS, STORED, Report
 from ..predict import MANIFESTS, video_records
 from ..shards import place_in_world
@@ -248,6 +249,37 @@ def cut_of(args: argparse.Namespace, stride: int | None) -> dict[str, Any]:
     """How clips were cut, as features remember it."""
     about = {"stride": stride, "resize": args.resize}
     return about if args.windows == 1 else about | {"windows": args.windows}
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def read_names(path: str) -> list[str]:
+    """Names of classes: a CSV table `id,name`, a JSON list, or one a line."""
+    if path.endswith(".csv"):
+        return read_class_names(path)
+    if path.endswith(".json"):
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(names, list):
+            raise ValueError(f"{path}: must hold a JSON list of names, got {type(names).__name__}")
+        return [str(name) for name in names]
+    return read_lines(path)
+
+
+def names_beside(checkpoint: Path, count: int) -> list[str] | None:
+    """The names of `count` classes beside the weights: labels.csv, as fit-clip leaves it, or Hugging Face's config.json."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if (folder / "labels.csv").is_file():
+        names = read_class_names(folder / "labels.csv")
+        return names if len(names) == count else None
+    if not (folder / "config.json").is_file():
+        return None
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    if len(given) != count or all(str(name).startswith("LABEL_") for name in given.values()):
+        return None
+    return [given.get(str(k), str(k)) for k in range(count)]
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..checkpoints import export_config, export_mae_state, export_state, load_pretrained, save_pretrained
+from ..checkpoints import export_config, export_mae_state, export_state, load_pretrained
 from ..checkpoints.export import EXPORTS, MAE_EXPORTS
 from ..config import MAEConfig, ViTConfig
 from ..shards import write_aside
@@ -50,11 +50,13 @@ def main(argv: list[str]) -> int:
     config = model.config
     common.say(str(model.load_report))
     if args.to == NATIVE:
-        save_pretrained(model, out)
+        model.save_pretrained(out)
     elif isinstance(config, MAEConfig):
         _write(out, export_mae_state(model.state_dict(), config, args.to), args.to, config)
-    else:
+    elif isinstance(config, ViTConfig):
         _write(out, export_state(model.state_dict(), config, args.to), args.to, config)
+    else:
+        raise ValueError(f"--to must be {NATIVE} for a {type(model).__name__}, got {args.to!r}")
     common.say(f"written to {out} as {args.to}")
     return 0
 

@@ -1,6 +1,8 @@
-"""mmfast evaluate DATA --checkpoint PATH: few-shot episodes, the table and its JSON."""
+"""mmfast evaluate DATA --checkpoint PATH: few-shot episodes, the table and its JSON; other protocols are in modules of theirs."""
 
 import argparse
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,24 @@ import torch
 from ..adaptive import AdaptiveResult, calibrate_threshold, evaluate_adaptive, support_probabilities
 from ..episodes import EpisodeResult, Episodes, evaluate_episodes, evaluate_fresh
 from ..extract import PRECISIONS
+from ..peft import Adaptation, evaluate_adapted
 from ..shards import place_in_world, write_aside
 from . import common
-from .features import Features, add_episodes, clips_of, episodes_of, extracted, head_of, is_store, stored, together
+from .features import (
+    HEADS,
+    TED,
+    Features,
+    add_episodes,
+    clips_of,
+    episodes_of,
+    extracted,
+    head_of,
+    is_store,
+    stored,
+    together,
+)
+
+PROTOCOLS = ("episodes", "multiview", "zero-shot")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     p = common.Parser(
         "evaluate",
         epilog="Of a distillation checkpoint the student is scored. Under torchrun clips and episodes are shared out.",
+    )
+    p.add_argument(
+        "--protocol", choices=PROTOCOLS, default="episodes", help="multiview and zero-shot have options of their own"
     )
     p.add_argument("data", help="folder of extracted features, folder of class folders, manifest, or annotations")
     common.add_dataset(p)
@@ -36,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--fresh", action="store_true", help="encode every episode anew under masks of its own: as published"
     )
-    add_episodes(p)
+    add_episodes(p, (*HEADS, TED))
+    _add_adapters(p)
     common.add_model(p, required=False)
     for add in (common.add_masks, common.add_clips, common.add_work):
         add(p)
@@ -45,13 +66,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run the command."""
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--protocol", nargs="?")
+    protocol = scan.parse_known_args(argv)[0].protocol
+    if protocol in PROTOCOLS[1:]:
+        return import_module(f".{protocol.replace('-', '_')}", __package__).main(argv)
     args = parser().parse_args(argv)
     if not 0 <= args.agreement <= 1:
         raise ValueError(f"agreement must lie in [0, 1], got {args.agreement}")
     if args.adaptive and args.fresh:
         raise ValueError("adaptive ensembles read stored features; --fresh keeps none")
+    if args.head == TED and (args.adaptive or args.fresh):
+        raise ValueError("--head ted trains on the supports of every episode: it takes neither --adaptive nor --fresh")
     with together():
         if is_store(args.data):
+            if args.head == TED:
+                raise ValueError(f"--head ted trains on clips, and {args.data} holds features only")
             if args.fresh:
                 raise ValueError(f"--fresh encodes clips anew, and {args.data} holds features only")
             found = stored(args.data, args.views)
@@ -63,8 +93,9 @@ def main(argv: list[str]) -> int:
                 )
             model = common.load_model(args)
             clips, stride = clips_of(args, model)
-            if args.fresh:
-                return _finish(args, [_fresh_row(args, model, clips, k) for k in args.k_shot], _settings(args), {})
+            if args.fresh or args.head == TED:
+                row = _fresh_row if args.fresh else _adapted_row
+                return _finish(args, [row(args, model, clips, k) for k in args.k_shot], _settings(args), {})
             # What the sampler would refuse is said before hours of encoding.
             for k in args.k_shot:
                 episodes_of(args, [r.label if r.label_name is None else r.label_name for r in clips.records], k)
@@ -134,10 +165,47 @@ def _fresh_row(args: argparse.Namespace, model: Any, clips: Any, k_shot: int) ->
     return {"n_way": args.n_way, "k_shot": k_shot, **as_row(result.gather())}
 
 
+def _adapted_row(args: argparse.Namespace, model: Any, clips: Any, k_shot: int) -> dict[str, Any]:
+    labels = [r.label if r.label_name is None else r.label_name for r in clips.records]
+    mine = episodes_of(args, labels, k_shot).shard(*place_in_world())
+    result = evaluate_adapted(
+        model, clips, mine, args.views, args.mask_ratio, args.seed, how=_adaptation(args), modality=args.modality,
+        dtype=PRECISIONS[args.precision], progress=not args.quiet,
+    )  # fmt: skip
+    return {"n_way": args.n_way, "k_shot": k_shot, **as_row(result.gather())}
+
+
+def _add_adapters(parser: argparse.ArgumentParser) -> None:
+    how = Adaptation()
+    group = parser.add_argument_group("TED-Adapters, trained on the supports of every episode (--head ted)")
+    group.add_argument(
+        "--adapter-hidden", type=int, metavar="A", help="inner width (default: an eighth of the model's)"
+    )
+    group.add_argument(
+        "--adapter-before",
+        nargs="+",
+        choices=("attn", "mlp"),
+        default=how.before,
+        help=f"what they stand before (default: {' '.join(how.before)})",
+    )
+    group.add_argument(
+        "--adapter-layers", type=int, nargs="+", metavar="N", help="in which blocks, from 0 (default: all)"
+    )
+    group.add_argument("--adapter-steps", type=int, default=how.steps, help="of training (default: %(default)s)")
+    group.add_argument("--adapter-lr", type=float, default=how.lr, help="its learning rate (default: %(default)s)")
+
+
+def _adaptation(args: argparse.Namespace) -> Adaptation:
+    layers = None if args.adapter_layers is None else tuple(args.adapter_layers)
+    return Adaptation(args.adapter_hidden, tuple(args.adapter_before), layers, args.adapter_steps, args.adapter_lr)
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("data", "n_way", "n_query", "episodes", "episode_seed", "head", "reference", "views", "fresh")
     chosen = {name: getattr(args, name) for name in names}
-    return chosen | ({"mask_ratio": args.mask_ratio, "seed": args.seed} if args.fresh else {})
+    if args.head == TED:
+        chosen["adaptation"] = asdict(_adaptation(args))
+    return chosen | ({"mask_ratio": args.mask_ratio, "seed": args.seed} if args.fresh or args.head == TED else {})
 
 
 def _finish(

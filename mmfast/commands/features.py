@@ -22,6 +22,7 @@ from ..vit import MaskedViT
 from . import common
 
 HEADS = ("logistic", "prototype", "ridge")
+TED = "ted"  # trains adapters with the head, so it needs the clips themselves
 
 
 @dataclass
@@ -34,14 +35,14 @@ class Features:
     settings: dict[str, Any]
 
 
-def add_episodes(parser: argparse.ArgumentParser) -> None:
-    """--n-way and the rest of the protocol."""
+def add_episodes(parser: argparse.ArgumentParser, heads: tuple[str, ...] = HEADS) -> None:
+    """--n-way and the rest of the protocol.   heads: to choose from."""
     group = parser.add_argument_group("episodes (by default the paper's)")
     group.add_argument("--n-way", type=int, default=5, metavar="N", help="classes (default: %(default)s)")
     group.add_argument("--n-query", type=int, default=15, metavar="Q", help="queries a class (default: %(default)s)")
     group.add_argument("--episodes", type=int, default=600, help="(default: %(default)s)")
     group.add_argument("--episode-seed", type=int, default=0, help="which episodes are drawn (default: %(default)s)")
-    group.add_argument("--head", choices=HEADS, default="logistic", help="(default: %(default)s)")
+    group.add_argument("--head", choices=heads, default="logistic", help="(default: %(default)s)")
     group.add_argument("--drop-small", action="store_true", help="leave out classes with too few clips")
     group.add_argument("--reference", action="store_true", help="draw episodes as the published sampler walks")
 

@@ -1,7 +1,6 @@
 """mmfast predict VIDEOS... --checkpoint PATH --out predictions.csv [--support FOLDER]"""
 
 import argparse
-import json
 from pathlib import Path
 
 from ..predict import predict
@@ -21,7 +20,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--head", choices=tuple(HEADS), help="few-shot head fitted to the support (default: logistic)", default=None
     )
-    p.add_argument("--classes", metavar="FILE", help="class names of the checkpoint: one a line, or a JSON list")
+    p.add_argument(
+        "--classes", metavar="FILE", help="class names of the checkpoint: one a line, a JSON list, or CSV `id,name`"
+    )
     p.add_argument("--top-k", type=int, default=5, help="classes named in a row (default: %(default)s)")
     for add in (common.add_model, common.add_masks, common.add_clips):
         add(p)
@@ -35,9 +36,9 @@ def main(argv: list[str]) -> int:
     if args.head is not None and args.support is None:
         raise ValueError("--head is for --support: without it the checkpoint's own classifier predicts")
     model = common.load_model(args)
-    classes = _class_names(args.classes) if args.classes else None
+    classes = common.read_names(args.classes) if args.classes else None
     if classes is None and args.support is None:
-        classes = _names_in(Path(args.checkpoint), model.config.num_classes)
+        classes = common.names_beside(Path(args.checkpoint), model.config.num_classes)
     report = predict(
         model,
         args.videos[0] if len(args.videos) == 1 else args.videos,
@@ -60,25 +61,3 @@ def main(argv: list[str]) -> int:
         progress=not args.quiet,
     )
     return common.tell("predict", report, args.out if report.complete else f"{args.out}.parts (others are at work)")
-
-
-def _class_names(path: str) -> list[str]:
-    """One name a line, or a JSON list of them."""
-    text = Path(path).read_text(encoding="utf-8")
-    if path.endswith(".json"):
-        names = json.loads(text)
-        if not isinstance(names, list):
-            raise ValueError(f"{path}: must hold a JSON list of names, got {type(names).__name__}")
-        return [str(name) for name in names]
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _names_in(checkpoint: Path, count: int) -> list[str] | None:
-    """The names that a Hugging Face config.json beside the weights gives its classes."""
-    config = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-    if not config.is_file():
-        return None
-    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") or {}
-    if len(names) != count or all(str(name).startswith("LABEL_") for name in names.values()):
-        return None
-    return [names.get(str(k), str(k)) for k in range(count)]

@@ -17,7 +17,7 @@ from mmfast.data.records import ClipRecord
 from mmfast.data.transforms import WHOLE, Augmentation, Crop, Draw, centre_crop, crop_flow, crop_resize, normalize
 from mmfast.data.video import RESIZE_MODES
 
-_POSITIONS = ("random", "start", "centre")
+_POSITIONS = ("random", "start", "centre", "parts")
 _ON_BROKEN = ("replace", "skip", "raise")
 _AUGMENT = {"joint": Augmentation(), "reference": Augmentation(joint=False), "none": None}
 _HEATMAP = 4  # a heatmap's side is this part of a frame's, as 56 is of 224
@@ -73,7 +73,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     normalised. label: -1 where there is none. broken: clips that could not be read on the way to this item.
 
     Sampling. num_frames frames, stride apart; stride None spreads them over the clip (the middles of equal parts).
-    position: "start" at the record's start, as published, "centre", or "random", the default in training. A record
+    position: "start" at the record's start, as published, "centre", or "random", the default in training; "parts", in training
+    and with stride None: a random frame of each part instead of its middle. A record
     without a stop is sampled at its start, unless it is a whole source (start 0). Frames past the stop show the last one
     (clamp), or are read on (clamp=False, as published).
     Pixels. size: of RGB and flow, int or (h, w); heatmaps have a quarter. resize: "squash" or "crop" in evaluation.
@@ -124,6 +125,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
             quarter = f", a multiple of {_HEATMAP} with pose" if "pose" in self.modalities else ""
             raise ValueError(f"size must be an int or (h, w) of at least 1{quarter}, got {size}")
         self.position = _choice("position", position or ("random" if train else "start"), _POSITIONS)
+        if self.position == "parts" and stride is not None:
+            raise ValueError(
+                f'position "parts" takes frames from equal parts of the clip: stride must be None, got {stride}'
+            )
         self.on_broken = _choice("on_broken", on_broken or ("replace" if train else "skip"), _ON_BROKEN)
         self.resize = _choice("resize", resize, RESIZE_MODES)
         if isinstance(augment, str):
@@ -242,6 +247,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         start, stop = self._extent(record)
         if self.stride is None:
             assert stop is not None
+            if self.position == "parts" and generator is not None:
+                share = torch.rand(self.num_frames, generator=generator, dtype=torch.float64).tolist()
+                places = [start + int((i + u) * (stop - start) / self.num_frames) for i, u in enumerate(share)]
+                return [min(place, stop - 1) for place in places], 0
             return [start + (2 * i + 1) * (stop - start) // (2 * self.num_frames) for i in range(self.num_frames)], 0
         span = (self.num_frames - 1) * self.stride + 1
         room = 0 if stop is None else stop - start - span

@@ -57,9 +57,14 @@ class Draw:
     place: tuple[float, float]  # down and across, 0..1
     flip: bool
     ratio_range: tuple[float, float]
+    zoom: float | None = None  # the frame's short side over that of a square crop, in place of areas and ratios
 
     def crop(self, height: int, width: int) -> Crop:
-        """The crop of a frame of this size, on whole pixels: torchvision's rule for a random resized crop."""
+        """The crop of a frame of this size, on whole pixels: torchvision's rule for a random resized crop, or a square."""
+        if self.zoom is not None:
+            side = max(round(min(height, width) / self.zoom), 1)
+            top, left = int(self.place[0] * (height - side + 1)), int(self.place[1] * (width - side + 1))
+            return Crop(top / height, left / width, side / height, side / width, self.flip)
         for area, ratio in zip(self.areas, self.ratios, strict=True):
             w, h = round(math.sqrt(height * width * area * ratio)), round(math.sqrt(height * width * area / ratio))
             if 0 < w <= width and 0 < h <= height:
@@ -80,13 +85,15 @@ class Augmentation:
     """One random resized crop and one flip a clip.
 
     scale: of the crop's area to the frame's; ratio: of its width to its height; flip: the probability of mirroring;
-    joint: whether flow and heatmaps share them, or stay whole (module docstring). Raises ValueError.
+    joint: whether flow and heatmaps share them, or stay whole (module docstring). short_side: a square crop instead, into which
+    the frame's short side would go so many times, from low to high. Raises ValueError.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     joint: bool = True
+    short_side: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -95,17 +102,21 @@ class Augmentation:
             raise ValueError(f"ratio must be (low, high), finite and above 0, got {self.ratio}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
+        if self.short_side is not None and not 1 <= self.short_side[0] <= self.short_side[1] < math.inf:
+            raise ValueError(f"short_side must be (low, high), finite and from 1 on, got {self.short_side}")
 
     def draw(self, generator: torch.Generator) -> Draw:
         """Everything random about one clip. Takes as many numbers from the generator whatever comes of it."""
         u = torch.rand(2 * _ATTEMPTS + 3, generator=generator, dtype=torch.float64).tolist()
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        near, far = self.short_side or (1.0, 1.0)
         return Draw(
             areas=tuple(self.scale[0] + (self.scale[1] - self.scale[0]) * v for v in u[:_ATTEMPTS]),
             ratios=tuple(math.exp(low + (high - low) * v) for v in u[_ATTEMPTS : 2 * _ATTEMPTS]),
             place=(u[-3], u[-2]),
             flip=u[-1] < self.flip,
             ratio_range=self.ratio,
+            zoom=None if self.short_side is None else near + (far - near) * u[0],
         )
 
 

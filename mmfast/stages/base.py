@@ -30,6 +30,7 @@ class Stage(LightningModule):
     """
 
     loss_module: nn.Module
+    may_keep_all = False  # whether a mask_ratio of 0 makes sense
 
     def __init__(
         self,
@@ -54,8 +55,8 @@ class Stage(LightningModule):
             raise ValueError(f"patience must be at least 1, got {patience}")
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie in (0, 1), got {mask_ratio}")
+        if not (0 < mask_ratio < 1 or (self.may_keep_all and mask_ratio == 0)):
+            raise ValueError(f"mask_ratio must lie in (0, 1){', or be 0' * self.may_keep_all}, got {mask_ratio}")
         self.lr, self.min_lr, self.warmup_lr, self.warmup_epochs = lr, min_lr, warmup_lr, warmup_epochs
         self.scale_all_lrs, self.betas, self.weight_decay = scale_all_lrs, betas, weight_decay
         self.decay_all, self.reference, self.mask_ratio = decay_all, reference, mask_ratio
@@ -127,16 +128,18 @@ class Stage(LightningModule):
         batch = per_rank * trainer.world_size * trainer.accumulate_grad_batches
         rest = [scale_lr(lr, batch) if self.scale_all_lrs else lr for lr in (self.min_lr, self.warmup_lr)]
         lr = scale_lr(self.lr, batch)
-        if self.decay_all:
-            trained = [p for p in self.loss_module.parameters() if p.requires_grad]
-            groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": self.weight_decay}]
-        else:
-            groups = param_groups(self.loss_module, weight_decay=self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=self.betas)
+        optimizer = torch.optim.AdamW(self.groups(lr), lr=lr, betas=self.betas)
         schedule = WarmupCosine(
             optimizer, int(total), warmup, min_lr=rest[0], warmup_lr=rest[1], reference=self.reference
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """What trains, in groups for the optimiser.   lr: of the whole run, scaled."""
+        if self.decay_all:
+            trained = [p for p in self.loss_module.parameters() if p.requires_grad]
+            return [{"params": trained, "weight_decay": self.weight_decay}]
+        return param_groups(self.loss_module, weight_decay=self.weight_decay)
 
     # -- steps that are not finite -------------------------------------------------------------------------------
 

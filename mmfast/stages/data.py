@@ -15,6 +15,7 @@ from ..data.crossdomain import CrossDomain
 from ..data.dataset import ClipDataset, collate
 from ..data.manifest import folder_manifest, read_manifest
 from ..data.records import AnnotationSet, ClipRecord
+from ..data.video_lists import FRAME, read_video_list
 from .modalities import check_modality
 from .sampler import Drawn, EpochSampler, Placed, RankPlaces
 
@@ -24,22 +25,25 @@ class Clips:
     """Which clips, and where they lie.
 
     Args:
-        format: the annotation file of a published data set, a manifest (CSV or JSON), a folder of class folders, or the
-            synthetic cross-domain set.
-        path: the annotation file, manifest or folder; of synthetic clips the domain, source or target.
-        root: the folder that the paths of a published data set start from.
-        templates: modality -> path of a published data set's frames, in place of the published ones.
+        format: the annotation file of a published data set, a manifest (CSV or JSON), a folder of class folders, a list with
+            lines `path label` or `path n label`, or the synthetic cross-domain set.
+        path: the annotation file, manifest, folder or list; of synthetic clips the domain, source or target.
+        root: the folder that the paths of a published data set or a list start from.
+        templates: modality -> path of a published data set's frames, in place of the published ones; of a list's folders the
+            name of a frame.
+        first_label: the number that a list gives the first class.
         split: what the annotation file must say it is; of synthetic clips train, unlabelled or test.
         stride: frames between two sampled ones; the data set's own unless given.
         options: further arguments of ClipDataset, or of CrossDomain for synthetic clips.
     """
 
-    format: Literal["ego4d", "epic", "meccano", "wear", "manifest", "folder", "synthetic"] = "manifest"
+    format: Literal["ego4d", "epic", "meccano", "wear", "manifest", "folder", "list", "synthetic"] = "manifest"
     path: str = ""
     root: str = ""
     templates: dict[str, str] | None = None
     split: str | None = None
     stride: int | None = None
+    first_label: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def read(self, modalities: Sequence[str] = ("rgb",)) -> AnnotationSet:
@@ -53,6 +57,9 @@ class Clips:
             return read_manifest(self.path, self.root or None)
         if self.format == "folder":
             return folder_manifest(self.path)
+        if self.format == "list":
+            frame = (self.templates or {}).get("rgb", FRAME)
+            return read_video_list(self.path, self.root, first_label=self.first_label, template=frame)
         return read_annotations(
             self.format, self.path, self.root, modalities=modalities, templates=self.templates, split=self.split
         )
@@ -157,6 +164,20 @@ class StageData(LightningDataModule):
             except ValueError as fault:
                 raise ValueError(f"data.{name}: {fault}") from None
         return self._read[name]
+
+    def _placed(self, dataset: Any, clips: int) -> DataLoader:
+        """Every clip once, with its place, for validation; each rank reads its share."""
+        ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        # Lightning takes a sampler of its own under several ranks, unless it finds a DistributedSampler.
+        return DataLoader(
+            Placed(dataset),
+            self.batch_size,
+            sampler=RankPlaces(clips, *ranks),
+            num_workers=self.num_workers,
+            collate_fn=_collate_placed,
+            pin_memory=_pins(self.trainer),
+            worker_init_fn=_leave_interrupts,
+        )
 
     def _train_set(self, name: str, clips: Clips, modalities: Sequence[str]) -> Any:
         found = self._clips(name, clips, modalities)
@@ -282,18 +303,8 @@ class DistillData(StageData):
         if self.val is None:
             return []
         found = self._clips("val", self.val, ("rgb",))
-        ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        # Lightning takes a sampler of its own under several ranks, unless it finds a DistributedSampler.
-        sampler = RankPlaces(len(self.val_records), *ranks)
-        return DataLoader(
-            Placed(self.val.dataset(("rgb",), found, train=False, **self.settings)),
-            self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_collate_placed,
-            pin_memory=_pins(self.trainer),
-            worker_init_fn=_leave_interrupts,
-        )
+        dataset = self.val.dataset(("rgb",), found, train=False, **self.settings)
+        return self._placed(dataset, len(self.val_records))
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`mmfast pretrain` and `mmfast distill`: presets, flags and files to a Trainer, by LightningCLI."""
+"""`mmfast pretrain`, `distill` and `fit-clip`: presets, flags and files to a Trainer, by LightningCLI."""
 
 import argparse
 import warnings
@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from .data import DistillData, PretrainData
 from .distill import DistillStage
+from .fit_clip import FitClipStage
+from .fit_clip_data import FitClipData
 from .pretrain import PretrainStage
 from .resume import AtomicCheckpointIO, Export, Faults, ResumePoint
 
@@ -23,7 +25,9 @@ PRESETS = Path(__file__).parent / "presets"
 STAGES: dict[str, tuple[type[LightningModule], type[LightningDataModule]]] = {
     "pretrain": (PretrainStage, PretrainData),
     "distill": (DistillStage, DistillData),
+    "fit-clip": (FitClipStage, FitClipData),
 }
+CHOICES = {"fit-clip": ("paper", "k400", "ssv2", "reference")}
 INTERRUPTED = 130  # as shells have it
 
 
@@ -63,7 +67,8 @@ class StageCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--preset", default="paper", choices=["paper", "reference"], help="paper, or as released")
+        choices = CHOICES.get(self.stage, ("paper", "reference"))
+        parser.add_argument("--preset", default="paper", choices=list(choices), help="As in the paper, or as released")
         parser.add_argument("--out", default=f"runs/{self.stage}", help="Folder for checkpoints, logs and the model")
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help='Checkpoint to go on from; "last" is the one in --out'
@@ -77,6 +82,9 @@ class StageCLI(LightningCLI):
             parser.link_arguments("modality", "data.modality")
             parser.link_arguments("model.target_weight", "data.with_target", compute_fn=_above_zero)
             parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        elif self.stage == "fit-clip":
+            parser.link_arguments("data.num_frames", "model.num_frames")
+            parser.link_arguments("data.captions", "model.captions", apply_on="instantiate")
         else:
             parser.link_arguments("model.teachers", "data.modalities", compute_fn=_names)
 
@@ -150,7 +158,7 @@ def preset_file(stage: str, args: Sequence[str]) -> Path:
     scan.add_argument("--preset", default="paper")
     scan.add_argument("--modality", default="rgb")
     found, _ = scan.parse_known_args(args)
-    name = f"{stage}_{found.preset}" + (f"_{found.modality}" if stage == "pretrain" else "")
+    name = f"{stage.replace('-', '_')}_{found.preset}" + (f"_{found.modality}" if stage == "pretrain" else "")
     return PRESETS / f"{name}.yaml"
 
 

@@ -14,6 +14,7 @@
 #include "gather.h"
 #include "pack.h"
 #include "sampler.h"
+#include "ted.h"
 #include "threads.h"
 
 namespace {
@@ -269,6 +270,98 @@ void check_threads() {
   }
 }
 
+// A view of a class token and three cells in a row, then one of a single cell.
+void check_ted(int64_t copies, int64_t frames, int64_t time_width, int64_t space_width, int threads, int widest) {
+  const int32_t none = mmfast::kNoSite;
+  std::vector<int32_t> table;
+  for (int32_t i = 0; i < 5; ++i) {
+    std::vector<int32_t> site(mmfast::kSiteWords, none);
+    const bool cell = i > 0;
+    if (cell) site[4] = 0;
+    if (i == 2 || i == 3) site[3] = -1;
+    if (i == 1 || i == 2) site[5] = 1;
+    site[mmfast::kSiteFirst] = i < 4 ? i : static_cast<int32_t>(4 * frames);
+    site[mmfast::kSiteStep] = i < 4 ? 4 : 1;
+    table.insert(table.end(), site.begin(), site.end());
+  }
+  const mmfast::TedSites sites{table.data(), 5, frames, copies};
+  const int64_t width = time_width + space_width, size = sites.rows() * width;
+  const auto draw = [](int64_t count, int64_t seed) {
+    std::vector<float> made(count);
+    for (int64_t i = 0; i < count; ++i) made[i] = static_cast<float>((i * 7919 + seed * 104729) % 41 - 20) / 16.0f;
+    return made;
+  };
+  const std::vector<float> shift = draw(time_width, 1), taps = draw(3 * time_width, 2), bias = draw(time_width, 3);
+  const std::vector<float> shift_s = draw(space_width, 4), taps_s = draw(9 * space_width, 5),
+                           bias_s = draw(space_width, 6);
+  const mmfast::TedParameters parameters{time_width,  space_width,    shift.data(),  taps.data(),
+                                         bias.data(), shift_s.data(), taps_s.data(), bias_s.data()};
+  const std::vector<float> h = draw(size, 7), dout = draw(size, 8);
+  std::vector<float> out(size);
+  mmfast::ted_stencil(h.data(), sites, parameters, out.data(), threads, widest);
+  for (int64_t row = 0; row < sites.rows(); ++row) {
+    const int64_t within = row % (5 * frames), small = within >= 4 * frames, sites_here = small ? 1 : 4;
+    const int64_t place = small ? 4 : within % 4, t = (small ? within - 4 * frames : within) / sites_here;
+    for (int64_t c = 0; c < width; ++c) {
+      const auto at = [&](int64_t away, int64_t frame) {
+        return h[(row + away + (frame - t) * sites_here) * width + c];
+      };
+      float want = 0.0f;
+      if (c < time_width) {
+        want = bias[c];
+        for (int64_t k = 0; k < 3; ++k) {
+          const int64_t frame = t + k - 1;
+          if (frame >= 0 && frame < frames) want += taps[c * 3 + k] * (at(0, frame) + shift[c]);
+        }
+      } else if (place > 0) {
+        const int64_t s = c - time_width;
+        want = bias_s[s];
+        for (int64_t k = 0; k < 9; ++k) {
+          const int32_t away = table[place * mmfast::kSiteWords + k];
+          if (away == none) continue;
+          want += taps_s[s * 9 + k] * ((t > 0 ? at(away, t) - at(away, t - 1) : 0.0f) + shift_s[s]);
+        }
+      }
+      EXPECT(std::abs(out[row * width + c] - want) < 1e-4f);
+    }
+  }
+  std::vector<float> in_place = h;
+  mmfast::ted_stencil(in_place.data(), sites, parameters, in_place.data(), threads, widest);
+  EXPECT(in_place == out);
+
+  // The stencil is linear in h but for a constant: its gradient along any direction is a difference.
+  std::vector<float> dh(size), grads[6], moved = draw(size, 9), there(size);
+  const int64_t sizes[6] = {time_width, 3 * time_width, time_width, space_width, 9 * space_width, space_width};
+  for (int k = 0; k < 6; ++k) grads[k].resize(sizes[k]);
+  const mmfast::TedGradients to{grads[0].data(), grads[1].data(), grads[2].data(),
+                                grads[3].data(), grads[4].data(), grads[5].data()};
+  mmfast::ted_stencil_backward(dout.data(), h.data(), sites, parameters, dh.data(), to, threads, widest);
+  double along = 0.0, difference = 0.0;
+  for (int64_t i = 0; i < size; ++i) along += double(dh[i]) * moved[i];
+  for (int64_t i = 0; i < size; ++i) moved[i] += h[i];
+  mmfast::ted_stencil(moved.data(), sites, parameters, there.data(), threads, widest);
+  for (int64_t i = 0; i < size; ++i) difference += double(dout[i]) * (double(there[i]) - out[i]);
+  EXPECT(std::abs(along - difference) < 1e-3 * (size + 1));
+  std::vector<float> changed = dout;
+  mmfast::ted_stencil_backward(changed.data(), h.data(), sites, parameters, changed.data(), to, threads, widest);
+  EXPECT(changed == dh);
+  if (copies > 0) {
+    table[mmfast::kSiteStep] = 9;
+    EXPECT(refuses([&] { mmfast::ted_stencil(h.data(), sites, parameters, out.data(), threads, widest); }));
+  }
+}
+
+void check_teds() {
+  for (const int widest : {16, 32, 64}) {
+    for (const int threads : {1, 3}) {
+      check_ted(2, 3, 21, 37, threads, widest);
+      check_ted(1, 1, 64, 16, threads, widest);
+      check_ted(20, 8, 130, 70, threads, widest);
+      check_ted(0, 2, 8, 8, threads, widest);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -277,6 +370,7 @@ int main() {
   check_gathers();
   check_union();
   check_attentions();
+  check_teds();
   // Callers on several threads at once, each with threads of its own.
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
