@@ -237,7 +237,7 @@ def test_validation_scores_head_and_texts_and_leaves_out_what_cannot_be_read(cli
         (dict(captions=Captions(ClipTokenizer([]), NAMES)), "which has 521 tokens, got one of 514"),
         (dict(overrides={"hidden": 3}), "unknown config field 'hidden'"),
     ],
-    ids=str,
+    ids=["weights", "text_lr_scale", "mask_ratio", "preset", "captions", "overrides"],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, clip: str) -> None:
     with pytest.raises(ValueError, match=message):
