@@ -82,6 +82,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     left.bar_label(drawn, [_percent(score) for _, score in bars], padding=3, fontsize=8)
     left.axvline(100 / len(report["classes"]["seen"]), color="black", linewidth=0.8, linestyle=":")
     left.invert_yaxis()
+    left.margins(x=0.1)
     left.set_xlabel("accuracy of 24 trained classes, % (dotted: chance)")
     systems = [
         ("frozen CLIP", report["frozen_zero_shot"]),
@@ -94,7 +95,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         middle.bar_label(drawn, [f"{value:.0f}" for value in values], fontsize=8)
     for i, chance in enumerate(CHANCE[key] for which in SETS for key in ("label", which)):
         middle.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color="black", linewidth=0.8, linestyle=":")
-    ticks = [f"{title},\n{kind}" for title in SETS.values() for kind in ("label of 12", "motion")]
+    ticks = [f"{title},\n{kind}".replace(", new", ",\nnew") for title in SETS.values() for kind in ("label of 12", "motion")]
     middle.set_xticks(range(4), ticks, fontsize=8)
     middle.set_ylabel("zero-shot accuracy, % (dotted: chance)")
     middle.margins(y=0.2)
