@@ -92,7 +92,9 @@ def tower_lines(towers: Mapping[str, Mapping[str, Timing]]) -> list[str]:
     for tower, timings in towers.items():
         for name, timing in timings.items():
             times = timings["published"].median / timing.median if "published" in timings else float("nan")
-            table.append((f"{tower}, {name}", f"{timing.median:.4g}", f"{timing.spread:.0%}", f"{times:.2f}"))
+            table.append(
+                (f"{tower}, {name}", train_report.figures(timing.median), f"{timing.spread:.0%}", f"{times:.2f}")
+            )
     return aligned(table)
 
 

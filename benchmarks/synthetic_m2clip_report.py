@@ -95,7 +95,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         middle.bar_label(drawn, [f"{value:.0f}" for value in values], fontsize=8)
     for i, chance in enumerate(CHANCE[key] for which in SETS for key in ("label", which)):
         middle.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color="black", linewidth=0.8, linestyle=":")
-    ticks = [f"{title},\n{kind}".replace(", new", ",\nnew") for title in SETS.values() for kind in ("label of 12", "motion")]
+    ticks = [
+        f"{title},\n{kind}".replace(", new", ",\nnew") for title in SETS.values() for kind in ("label of 12", "motion")
+    ]
     middle.set_xticks(range(4), ticks, fontsize=8)
     middle.set_ylabel("zero-shot accuracy, % (dotted: chance)")
     middle.margins(y=0.2)

@@ -40,6 +40,11 @@ MEMORY_NOTE = (
 HEADER = ("", "ms a step", "+-", "clips/s", "x publ.", "x best peer", "peak MiB", "step MiB", "loss err.", "grad err.")
 
 
+def figures(value: float) -> str:
+    """Four figures, or all of a larger number."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
 def rows_of(variants: Sequence[Variant], gate: Gate, clips: int, rounds: int | None, budget: float) -> list[Row]:
     """Memory and time of the variants that passed the check."""
     good = [v for v in variants if v.name in gate.errors and v.name not in gate.red]
@@ -90,7 +95,7 @@ def table_lines(rows: Sequence[Row], gate: Gate) -> list[str]:
         table.append(
             (
                 row.name,
-                f"{row.timing.median:.4g}",
+                figures(row.timing.median),
                 f"{row.timing.spread:.0%}",
                 f"{row.clips_per_second:.4g}",
                 *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
@@ -156,7 +161,7 @@ def save_plot(path: str | Path, rows: Sequence[Row], title: str) -> None:
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
         error = spread if axis is axes[0] else None
         bars = axis.barh([row.name for row in rows], values, xerr=error, color=colours, height=0.6)
-        axis.bar_label(bars, [f"{value:.4g}" for value in values], padding=4, fontsize=8)
+        axis.bar_label(bars, [figures(value) for value in values], padding=4, fontsize=8)
         axis.set_xlabel(label)
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)
