@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from .clip import CLIP
     from .clip_config import CLIPConfig
     from .config import MAEConfig, ViTConfig
+    from .evl import EVL
+    from .evl_config import EVLConfig
     from .m2clip import M2CLIP
     from .m2clip_config import M2CLIPConfig
     from .mae import MaskedAutoencoder
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 _HOME = {
     "CLIP": "clip",
     "CLIPConfig": "clip_config",
+    "EVL": "evl",
+    "EVLConfig": "evl_config",
     "LoadReport": "checkpoints",
     "M2CLIP": "m2clip",
     "M2CLIPConfig": "m2clip_config",
@@ -38,8 +42,10 @@ _MODULES = ("adapters", "fewshot")
 
 __all__ = [
     "CLIP",
+    "EVL",
     "M2CLIP",
     "CLIPConfig",
+    "EVLConfig",
     "LoadReport",
     "M2CLIPConfig",
     "MAEConfig",

@@ -1,5 +1,6 @@
 """CLIP's vision tower on video: every frame is a sequence of its own, a class token and the cells that are kept."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from . import profiling
 from .adapters import FrameLayout
 from .clip_blocks import AdapterPlacement, Transformer, normal
 from .clip_config import CLIPConfig
-from .layers import LayerNorm, pixel_affine
+from .layers import LayerNorm, pixel_affine, stream_blocks
 from .masks import Grid, Pack, check_mask, full_pack, pack_masks, video_grid
 from .vit import Mask, PackedTokens
 
@@ -79,6 +80,13 @@ class CLIPVision(nn.Module):
         x, branch = self._encode(video, cut)
         return PackedTokens(x + branch, cut.frames)
 
+    def stream(self, video: Tensor, mask: Mask = None, last: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """As MaskedViT's: of tokens as forward_tokens gives them."""
+        cut, _ = self.cut(video, mask)
+        transformer = self.transformer
+        x = self._embedded(video, cut)
+        return stream_blocks(transformer.resblocks[: transformer.depth], x, cut.frames, cut.layout, last)
+
     def head(self, features: Tensor) -> Tensor:
         """ln_post of class tokens [..., D], or of a mean of them."""
         return self.ln_post(features, features.dtype)
@@ -116,10 +124,11 @@ class CLIPVision(nn.Module):
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _encode(self, video: Tensor, cut: Frames, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        grid = video_grid(video, 3, 1, self.config.patch_size)
-        x = self._embed(video, cut, grid)
-        x = self.ln_pre(x, x.dtype)
-        return self.transformer(x, cut.frames, cut.layout, rows)
+        return self.transformer(self._embedded(video, cut), cut.frames, cut.layout, rows)
+
+    def _embedded(self, video: Tensor, cut: Frames) -> Tensor:
+        x = self._embed(video, cut, video_grid(video, 3, 1, self.config.patch_size))
+        return self.ln_pre(x, x.dtype)
 
     def _embed(self, video: Tensor, cut: Frames, grid: Grid) -> Tensor:
         """Tokens with positions, class tokens in their places: [T + S*F, D]."""
@@ -184,6 +193,8 @@ def _kept_in_each(removed: Tensor, same_cells: bool) -> int | None:
 
 def _common_count(pack: Pack, grid: Grid) -> int | None:
     """Cells each frame of a Pack keeps, where they are equal and knowing it makes no device wait."""
+    if pack.tubes and pack.length and pack.length % grid[0] == 0:
+        return pack.length // grid[0]
     if torch.compiler.is_compiling() or pack.keep_idx.device.type != "cpu" or pack.length is None:
         return None
     if pack.length == 0 or pack.length % grid[0]:

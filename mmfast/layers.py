@@ -1,6 +1,6 @@
 """Transformer modules over packed tokens: x [T, D], all sequences end to end, described by a Pack."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,15 +55,17 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None = None, seen: list[Tensor] | None = None) -> Tensor:
         """x: [T, D]. rows: int [S], a token of each sequence to compute alone, over all of its sequence: of a causal one
-        the last. Returns [T, D] or [S, D]."""
+        the last. seen: a list that takes the packed product [T, 3, H, d]. Returns [T, D] or [S, D]."""
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if rows is not None:
             return self.proj(self._of_rows(x, pack, rows, bias).flatten(1))
         qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        if seen is not None:
+            seen.append(qkv)
         out = packed_self_attention(
             qkv, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length, causal=self.causal
         )
@@ -104,7 +106,7 @@ class Block(nn.Module):
     returns the same two, so that every addition is fused with the norm that follows it, and every parameter is used
     inside its own block. Adapters, residual included, stand where they are set: `adapter_pre_attn`, `adapter_pre_mlp`.
     layout, where the adapters run over frames: how x is laid out in them. rows: int [S], a token of each sequence, which
-    alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed.
+    alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed. seen: as Attention's.
     """
 
     adapter_pre_attn: nn.Module | None
@@ -142,10 +144,11 @@ class Block(nn.Module):
         pack: Pack,
         layout: "FrameLayout | None" = None,
         rows: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         with profiling.range("attention"):
             x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
-            branch = self._scaled(self.attn(h, pack, rows), self.gamma_1, pack, rows)
+            branch = self._scaled(self.attn(h, pack, rows, seen), self.gamma_1, pack, rows)
         if rows is not None:
             x, layout = x.index_select(0, rows), None
         with profiling.range("mlp"):
@@ -194,6 +197,23 @@ def run_block(
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, x, branch, pack, *rest, use_reentrant=False)
     return block(x, branch, pack, *rest)
+
+
+def stream_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, pack: Pack, layout: "FrameLayout | None", last: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens [T, D], packed queries, keys and values [T, 3, H, d]) of each of the last blocks, as soon as it has run."""
+    stack = list(blocks)
+    if not 1 <= last <= len(stack):
+        raise ValueError(f"last must lie in 1..{len(stack)}, the blocks there are, got {last}")
+    branch: Tensor | None = None
+    for i, block in enumerate(stack):
+        seen: list[Tensor] | None = [] if i >= len(stack) - last else None
+        with profiling.range(f"block{i}"):
+            x, branch = block(x, branch, pack, layout, None, seen)
+        if seen is not None:
+            x, branch = x + branch, None
+            yield x, seen[0]
 
 
 class Constant(nn.Module):

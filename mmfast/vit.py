@@ -1,6 +1,6 @@
 """MaskedViT: the video transformer of VideoMAE, run on kept tokens only, many views of many clips in one packed batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .layers import (
     run_block,
     set_recompute,
     sinusoid_positions,
+    stream_blocks,
 )
 from .masks import ClipIds, Grid, Pack, check_mask, check_tubes, full_pack, join_packs, pack_masks, video_grid
 
@@ -210,6 +211,15 @@ class MaskedViT(nn.Module):
         shape = (*lead, pack.length)
         taken = [t.unflatten(0, shape) for t in taken]
         return taken if intermediates_only else (self._normed((x, branch)).unflatten(0, shape), taken)
+
+    def stream(self, video: Tensor, mask: Mask = None, last: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens [T, D], packed queries, keys and values [T, 3, H, d]) of each of the last blocks, as soon as it has run.
+
+        No final norm. An iterator: what is not kept of one block is free before the next one runs.
+        """
+        pack, _ = self.pack(video, mask)
+        layout = self._layout(pack, self.check_video(video))
+        return stream_blocks(self.blocks, self.embed(video, pack), pack, layout, last)
 
     def ensemble(
         self,

@@ -13,6 +13,7 @@ from .dialects import Converted, convert
 
 if TYPE_CHECKING:
     from ..clip import CLIP
+    from ..evl import EVL
     from ..m2clip import M2CLIP
     from ..mae import MaskedAutoencoder
     from ..vit import MaskedViT
@@ -74,16 +75,22 @@ def load_pretrained_mae(
 
 def load_pretrained(
     source: str | os.PathLike[str] | StateDict, *, trust: bool = False, **options: Any
-) -> "MaskedViT | MaskedAutoencoder | CLIP | M2CLIP":
+) -> "MaskedViT | MaskedAutoencoder | CLIP | M2CLIP | EVL":
     """The model a checkpoint of any dialect holds, in eval mode, with its `load_report`. Takes what `convert` does.
 
     A pre-training file, which has a decoder, is a MaskedAutoencoder; one with both towers of CLIP a CLIP, which takes
-    fields of CLIPConfig, or with M2-CLIP's adapters too an M2CLIP, which takes its own as well; any other a MaskedViT.
+    fields of CLIPConfig, or with M2-CLIP's adapters too an M2CLIP, which takes its own as well; one with EVL's decoder an
+    EVL, which takes what EVL.from_pretrained does, of a decoder alone its backbone too; any other a MaskedViT.
     """
     from .clip import is_clip, load_pretrained_clip, open_clip_source  # which imports LoadReport from here
+    from .evl import is_evl, load_pretrained_evl
     from .m2clip import is_m2clip, load_pretrained_m2clip
 
     loaded = open_clip_source(source, trust=trust)
+    if is_evl(loaded):
+        evl, report = load_pretrained_evl(loaded, **options)
+        evl.load_report = report
+        return evl.eval()
     if is_m2clip(loaded):
         m2clip, report = load_pretrained_m2clip(loaded, **options)
         m2clip.load_report = report
