@@ -52,6 +52,15 @@ def test_strided(kept: int | None, device: str, dtype: torch.dtype, poisoned_emp
     check([q, k.transpose(3, 4).contiguous().transpose(3, 4), w1, w2], dout[:1, :1, :1].expand_as(dout), (4, 4), cells)
 
 
+@pytest.mark.parametrize("kept", [None, 9], ids=["all", "kept"])
+@pytest.mark.parametrize(("device", "dtype"), LANES)
+def test_scores_far_below_zero(kept: int | None, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    """A key past the last one would have the score 0, and a probability that no dtype holds."""
+    case = Case(1, 3, (3, 5), kept, 2, 16, 16)
+    (q, k, w1, w2, dout), cells = make(case, dtype, device)
+    check([q / 8 + 8, k / 8 - 8, w1, w2], dout, case.grid, cells)
+
+
 @plain
 @pytest.mark.parametrize("grid", [(14, 14), (4, 13)], ids=str)
 def test_equals_the_published_module(grid: tuple[int, int]) -> None:
