@@ -322,7 +322,7 @@ def _regression(x: Tensor, labels: Tensor, penalty: float) -> nn.Linear:
         return loss
 
     with torch.enable_grad():
-        solver.step(closure)  # type: ignore[no-untyped-call]
+        solver.step(closure)  # type: ignore[no-untyped-call]  # torch left LBFGS untyped
     return layer
 
 

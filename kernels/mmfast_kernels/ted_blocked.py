@@ -82,8 +82,8 @@ class BlockedAdapter(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if for_x else None
         dfirst = dsecond = dbias = dcell_bias = None
         dtaps: list[Tensor | None] = [None] * len(taps)
-        first_t = _packed(first.t(), sites) if for_x else None
-        second_t = _packed(second.t(), sites) if further else None
+        first_t = first.t() if for_x else None
+        second_t = second.t() if further else None
         for i, (rows, copies) in enumerate(blocks_of(sites)):
             h, u = kept[2 * i : 2 * i + 2]
             if for_second:
