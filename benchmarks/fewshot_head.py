@@ -21,7 +21,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
-from options import at_least
+from options import at_least, device_of
 from report import machine_lines
 from torch import Tensor
 
@@ -54,10 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=at_least(0), default=0)
     add("--json", metavar="FILE", help="write everything")
     options = parser.parse_args(arguments)
-    try:
-        options.device = torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
+    options.device = device_of(parser, options.device)
     if options.json and not Path(options.json).resolve().parent.is_dir():
         parser.error(f"{Path(options.json).resolve().parent} is no folder to write {options.json} into")
     return options

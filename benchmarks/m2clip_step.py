@@ -19,7 +19,7 @@ import torch
 import train_report
 from harness import Timing
 from m2clip_ways import PEERS, Work, checked, prepare
-from options import at_least
+from options import at_least, device_of
 from report import aligned, machine_lines
 from train_variants import OURS, Gate, Setup
 
@@ -52,15 +52,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write everything")
     add("--plot", metavar="FILE", help="draw time and memory (needs matplotlib)")
     options = parser.parse_args(arguments)
-    try:
-        options.device = torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
+    options.device = device_of(parser, options.device)
     cuda = options.device.type == "cuda"
-    if options.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device}")
-    if cuda and (options.device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if not 1 <= options.name_words < 40:
         parser.error(f"--name-words must be from 1 to 40, got {options.name_words:g}")
     options.autocast = torch.bfloat16 if (options.autocast or ("bf16" if cuda else "none")) == "bf16" else None

@@ -1,4 +1,4 @@
-"""Command line of ensemble_masked.py."""
+"""Command line of ensemble_masked.py, and the checks that the others share."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -50,18 +50,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="after timing, run mmfast once more with NVTX ranges on and write a torch profiler trace",
     )
     options = parser.parse_args(arguments)
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    options.device = device
+    options.device = device = device_of(parser, options.device)
     options.dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     options.clips = options.clips or (16 if device.type == "cuda" else 4)
     return options
+
+
+def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device that --device names, if it is there; else the program ends with one line."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.error(f"--device must be cpu or cuda[:index], got {name!r}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda[:index], got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -20,7 +20,7 @@ from typing import Any
 import harness
 import torch
 import torch.nn.functional as F
-from options import DTYPES, at_least
+from options import DTYPES, at_least, device_of
 from report import aligned, machine_lines
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,10 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=at_least(0), default=0)
     add("--json", metavar="FILE", help="write everything")
     options = parser.parse_args(arguments)
-    try:
-        options.device = torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
+    options.device = device_of(parser, options.device)
     cuda = options.device.type == "cuda"
     options.dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
     options.batch = options.batch or (21 if cuda else 4)

@@ -17,7 +17,7 @@ from pathlib import Path
 import harness
 import torch
 import train_report
-from options import at_least, ratio
+from options import at_least, device_of, ratio
 from report import machine_lines
 from train_variants import (
     LEAN,
@@ -69,15 +69,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write everything")
     add("--plot", metavar="FILE", help="draw time and memory (needs matplotlib)")
     options = parser.parse_args(arguments)
-    try:
-        options.device = torch.device(options.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device!r}")
+    options.device = device_of(parser, options.device)
     cuda = options.device.type == "cuda"
-    if options.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda[:index], got {options.device}")
-    if cuda and (options.device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {options.device}: this machine has {torch.cuda.device_count()} CUDA devices")
     options.autocast = torch.bfloat16 if (options.autocast or ("bf16" if cuda else "none")) == "bf16" else None
     options.batch = options.batch or (32 if cuda else 4)
     options.model = options.model or MODELS[options.mode]
