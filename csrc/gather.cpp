@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kTokensAhead = 4;
 constexpr int64_t kPixelsAThread = 128 * 1024;
+constexpr int64_t kCachedBytes = 16 << 20;  // of rows; more would push each other out before anyone reads them
 
 template <class In>
 MMFAST_INLINE const In* first_pixel(const Job& job, int64_t i) {
@@ -31,27 +32,31 @@ MMFAST_INLINE const In* first_pixel(const Job& job, int64_t i) {
          x * stride[4];
 }
 
-template <bool kAffine, Layout kLayout, int kPatch, class Out, class In>
+template <bool kAffine, bool kStream, Layout kLayout, int kPatch, class Out, class In>
 MMFAST_INLINE void tokens(const Job& shared, int64_t begin, int64_t end) {
   const Job job = shared;  // a copy that no store through a byte pointer can change: it stays in registers
   for (int64_t i = begin; i < end; ++i) {
-    gather_token<kAffine, kLayout, kPatch>(job, first_pixel<In>(job, i),
-                                           first_pixel<In>(job, std::min(i + kTokensAhead, end - 1)),
-                                           static_cast<Out*>(job.rows.data) + i * job.row_size);
+    gather_token<kAffine, kStream, kLayout, kPatch>(job, first_pixel<In>(job, i),
+                                                    first_pixel<In>(job, std::min(i + kTokensAhead, end - 1)),
+                                                    static_cast<Out*>(job.rows.data) + i * job.row_size);
   }
+  if constexpr (kStream) end_stream();
 }
 
 template <bool kAffine, Layout kLayout, class Out, class In>
 MMFAST_INLINE void any_patch(const Job& job, int64_t begin, int64_t end) {
   switch (job.tubes.patch) {
     case 16:
-      return tokens<kAffine, kLayout, 16, Out, In>(job, begin, end);
+      if constexpr (std::is_same_v<In, uint8_t>) {
+        if (job.streams) return tokens<kAffine, true, kLayout, 16, Out, In>(job, begin, end);
+      }
+      return tokens<kAffine, false, kLayout, 16, Out, In>(job, begin, end);
     case 14:
-      return tokens<kAffine, kLayout, 14, Out, In>(job, begin, end);
+      return tokens<kAffine, false, kLayout, 14, Out, In>(job, begin, end);
     case 4:
-      return tokens<kAffine, kLayout, 4, Out, In>(job, begin, end);
+      return tokens<kAffine, false, kLayout, 4, Out, In>(job, begin, end);
     default:
-      return tokens<kAffine, kLayout, 0, Out, In>(job, begin, end);
+      return tokens<kAffine, false, kLayout, 0, Out, In>(job, begin, end);
   }
 }
 
@@ -97,7 +102,9 @@ void gather_tubes(const Video& video, const Tubes& tubes, const Rows& rows, int 
   check_ids("token_idx", tubes.token, tubes.count, grid.tokens);
   check_ids("clip_idx", tubes.clip, tubes.count, video.size[0]);
   const int64_t row_size = video.size[1] * tubes.tubelet * tubes.patch * tubes.patch;
-  const Job job{video, tubes, rows, grid, row_size};
+  const int64_t bytes = tubes.count * row_size * (rows.type == Pixel::f32 ? 4 : 1);
+  const bool streams = bytes > kCachedBytes && reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+  const Job job{video, tubes, rows, grid, row_size, streams};
   auto* const run = video.type == Pixel::f32  ? (rows.scale ? scale_f32 : copy_f32)
                     : rows.type == Pixel::f32 ? (rows.scale ? scale_u8 : widen_u8)
                                               : copy_u8;

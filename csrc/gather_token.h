@@ -8,6 +8,10 @@
 
 #include "gather.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #if defined(__GNUC__)
 #define MMFAST_LAMBDA __attribute__((always_inline))
 #define MMFAST_INLINE MMFAST_LAMBDA inline
@@ -27,6 +31,7 @@ struct Job {
   Rows rows;
   Grid grid;
   int64_t row_size;
+  bool streams;  // rows go past the caches
 };
 
 template <bool kAffine, class Out, class In>
@@ -52,10 +57,28 @@ MMFAST_INLINE Bytes load(const uint8_t* in) {
   return bytes;
 }
 
-template <bool kAffine, class Out>
+// kStream: past the caches, which spares the reading of lines that are about to be overwritten. `to` is a multiple
+// of 16.
+template <bool kStream, class T, class V>
+MMFAST_INLINE void put(T* to, V vector) {
+  static_assert(sizeof vector == 16);
+#if defined(__SSE2__)
+  if constexpr (kStream) return _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(vector));
+#endif
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+// What was streamed is seen by other threads from here on.
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <bool kAffine, bool kStream, class Out>
 MMFAST_INLINE void store(Bytes bytes, float scale, float shift, Out* out) {
   if constexpr (std::is_same_v<Out, uint8_t>) {
-    std::memcpy(out, &bytes, sizeof bytes);
+    put<kStream>(out, bytes);
   } else {
     // Zeros between bytes make little-endian words, in two steps that every instruction set has.
     const Bytes zero{};
@@ -69,14 +92,14 @@ MMFAST_INLINE void store(Bytes bytes, float scale, float shift, Out* out) {
       for (int i = 0; i < 2; ++i) {
         Floats floats = __builtin_convertvector(reinterpret_cast<Words>(words[i]), Floats);
         if constexpr (kAffine) floats = floats * scale + shift;
-        std::memcpy(out + 8 * k + 4 * i, &floats, sizeof floats);
+        put<kStream>(out + 8 * k + 4 * i, floats);
       }
     }
   }
 }
 
 // Sixteen pixels r g b r g b ... to three lines that lie `plane` elements apart.
-template <bool kAffine, class Out>
+template <bool kAffine, bool kStream, class Out>
 MMFAST_INLINE void split_colours(const uint8_t* in, const float* scale, const float* shift, int64_t plane, Out* out) {
   const Bytes a = load(in), b = load(in + 16), c = load(in + 32);
   const Bytes red = __builtin_shufflevector(a, b, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0);
@@ -88,13 +111,13 @@ MMFAST_INLINE void split_colours(const uint8_t* in, const float* scale, const fl
       __builtin_shufflevector(blue, c, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31),
   };
   for (int k = 0; k < 3; ++k) {
-    store<kAffine>(lines[k], kAffine ? scale[k] : 1.0f, kAffine ? shift[k] : 0.0f, out + k * plane);
+    store<kAffine, kStream>(lines[k], scale[k], shift[k], out + k * plane);
   }
 }
 
 // in: the token's first pixel. ahead: that of a later token, whose lines are fetched meanwhile: short lines far apart
 // are what no hardware prefetcher follows. kPatch: the patch width, or 0 to read it at run time.
-template <bool kAffine, Layout kLayout, int kPatch, class Out, class In>
+template <bool kAffine, bool kStream, Layout kLayout, int kPatch, class Out, class In>
 MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, Out* out) {
   constexpr bool kSixteen = kPatch == 16 && std::is_same_v<In, uint8_t>;
   constexpr int64_t kLineFetch = 64 / sizeof(In);
@@ -112,7 +135,7 @@ MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, O
         for (int32_t dy = 0; dy < patch; ++dy, out += patch) {
           const int64_t offset = c * stride[1] + dt * stride[2] + dy * stride[3];
           if constexpr (kSixteen) {
-            store<kAffine>(load(in + offset), scale, shift, out);
+            store<kAffine, kStream>(load(in + offset), scale, shift, out);
           } else if constexpr (!kAffine && std::is_same_v<In, Out>) {
             std::memcpy(out, in + offset, patch * sizeof(In));
           } else {
@@ -124,11 +147,16 @@ MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, O
     }
   } else {
     // Channels innermost: where they are interleaved, one line brings them all.
+    float scale[3], shift[3];  // copies that stay in registers
+    for (int c = 0; kLayout == Layout::colours && c < 3; ++c) {
+      scale[c] = kAffine ? job.rows.scale[c] : 1.0f;
+      shift[c] = kAffine ? job.rows.shift[c] : 0.0f;
+    }
     for (int32_t dt = 0; dt < tubelet; ++dt) {
       for (int32_t dy = 0; dy < patch; ++dy, out += patch) {
         const int64_t offset = dt * stride[2] + dy * stride[3];
         if constexpr (kSixteen && kLayout == Layout::colours) {
-          split_colours<kAffine>(in + offset, job.rows.scale, job.rows.shift, plane, out);
+          split_colours<kAffine, kStream>(in + offset, scale, shift, plane, out);
         } else {
           for (int64_t c = 0; c < channels; ++c) {
             line<kAffine>(in + offset + c * stride[1], kLayout == Layout::colours ? 3 : stride[4], patch,

@@ -13,35 +13,53 @@ struct Job {
   const float *time_taps, *space_taps;  // [3, time_width] and [9, space_width]
 };
 
-// A site's frames one after another: each row is read once.
-template <class M>
-MMFAST_INLINE void run_time(const Job& job, const TedView& view, int64_t first, int64_t columns) {
+constexpr int64_t kRowsAhead = 8;  // no hardware prefetcher follows pieces of rows
+
+// A site's frames one after another, kWide vectors at a time: each row is read once, the next site's called for
+// meanwhile.
+template <class M, int kWide>
+MMFAST_INLINE void run_time(const Job& job, const TedView& view, int64_t c) {
   using Floats = typename M::Floats;
   const int64_t step = view.sites * job.width;
-  for (int64_t i = 0; i < view.sites; ++i) {
-    for (int64_t c = first; c < first + columns; c += M::kWidth) {
-      const float* from = job.h + (view.row + i) * job.width + c;
-      float* to = job.out + (view.row + i) * job.width + c;
-      Floats tap[3], bias, shift, before{}, here, after;
+  Floats tap[3][kWide], bias[kWide], shift[kWide];
+#pragma GCC unroll 8
+  for (int v = 0; v < kWide; ++v) {
+    const int64_t at = c + v * M::kWidth;
 #pragma GCC unroll 3
-      for (int k = 0; k < 3; ++k) load<M>(tap[k], job.time_taps + k * job.p.time_width + c);
-      load<M>(bias, job.p.time_bias + c);
-      load<M>(shift, job.p.time_shift + c);
-      load<M>(here, from);
-      here += shift;
-      for (int64_t t = 1; t < job.frames; ++t, from += step, to += step) {
-        load<M>(after, from + step);
-        after += shift;
-        store<M>(to, bias + tap[0] * before + tap[1] * here + tap[2] * after);
-        before = here;
-        here = after;
+    for (int k = 0; k < 3; ++k) load<M>(tap[k][v], job.time_taps + k * job.p.time_width + at);
+    load<M>(bias[v], job.p.time_bias + at);
+    load<M>(shift[v], job.p.time_shift + at);
+  }
+  for (int64_t i = 0; i < view.sites; ++i) {
+    const float* from = job.h + (view.row + i) * job.width + c;
+    float* to = job.out + (view.row + i) * job.width + c;
+    const int64_t ahead = i + 1 < view.sites ? job.width : 0;
+    Floats before[kWide]{}, here[kWide];
+#pragma GCC unroll 8
+    for (int v = 0; v < kWide; ++v) {
+      load<M>(here[v], from + v * M::kWidth);
+      here[v] += shift[v];
+    }
+    for (int64_t t = 1; t < job.frames; ++t, from += step, to += step) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kWide; ++v) {
+        Floats after;
+        load<M>(after, from + step + v * M::kWidth);
+        __builtin_prefetch(from + step + ahead + v * M::kWidth);
+        after += shift[v];
+        store<M>(to + v * M::kWidth, bias[v] + tap[0][v] * before[v] + tap[1][v] * here[v] + tap[2][v] * after);
+        before[v] = here[v];
+        here[v] = after;
       }
-      store<M>(to, bias + tap[0] * before + tap[1] * here);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kWide; ++v) {
+      store<M>(to + v * M::kWidth, bias[v] + tap[0][v] * before[v] + tap[1][v] * here[v]);
     }
   }
 }
 
-// What one thread works in, for a frame of a block: planes [vector][sites + 1][lanes].
+// What one thread works in, for a frame of a block: planes [sites + 1][kTedColumns].
 struct Desk {
   float *differences, *before;  // before: h of the frame before, which out may have taken the place of
 };
@@ -49,51 +67,70 @@ struct Desk {
 template <class M>
 MMFAST_INLINE void stage(const Job& job, const TedView& view, int64_t t, int64_t first, int64_t columns,
                          const Desk& at) {
-  const int64_t plane = (view.sites + 1) * M::kWidth;
   const float* from = job.h + (view.row + t * view.sites) * job.width + job.p.time_width + first;
-  for (int64_t i = 0; i < view.sites; ++i, from += job.width) {
+  const float* const shift = job.p.space_shift + first;
+  float *to = at.differences, *before = at.before;
+  for (int64_t i = 0; i < view.sites; ++i, from += job.width, to += kTedColumns, before += kTedColumns) {
+    const int64_t ahead = std::min(kRowsAhead, view.sites - 1 - i) * job.width;
     for (int64_t c = 0; c < columns; c += M::kWidth) {
-      const int64_t to = c / M::kWidth * plane + i * M::kWidth;
-      typename M::Floats value, here, before;
-      load<M>(value, job.p.space_shift + first + c);
+      typename M::Floats value, here, past;
+      load<M>(value, shift + c);
       load<M>(here, from + c);
+      __builtin_prefetch(from + ahead + c);
       if (t > 0) {
-        load<M>(before, at.before + to);
-        value += here - before;
+        load<M>(past, before + c);
+        value += here - past;
       }
-      store<M>(at.before + to, here);
-      store<M>(at.differences + to, value);
+      store<M>(before + c, here);
+      store<M>(to + c, value);
     }
+  }
+}
+
+// kWide vectors together, so that a site's places are read once for all of them.
+template <class M, int kWide>
+MMFAST_INLINE void around(const Job& job, const TedView& view, int64_t t, int64_t first, int64_t c, const Desk& at) {
+  using Floats = typename M::Floats;
+  const float* const from = at.differences + c;
+  float* to = job.out + (view.row + t * view.sites) * job.width + job.p.time_width + first + c;
+  Floats tap[9][kWide], bias[kWide];
+#pragma GCC unroll 4
+  for (int v = 0; v < kWide; ++v) {
+    const int64_t column = first + c + v * M::kWidth;
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) load<M>(tap[k][v], job.space_taps + k * job.p.space_width + column);
+    load<M>(bias[v], job.p.space_bias + column);
+  }
+  const int32_t* place = view.places;
+  for (int64_t i = 0; i < view.sites; ++i, place += 9, to += job.width) {
+    Floats sum[kWide];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) sum[v] = bias[v];
+#pragma GCC unroll 9
+    for (int k = 0; k < 9; ++k) {
+      const float* const near = from + place[k] * kTedColumns;
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; ++v) {
+        Floats value;
+        load<M>(value, near + v * M::kWidth);
+        sum[v] += tap[k][v] * value;
+      }
+    }
+    const bool outside = place[4] == view.sites;
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) store<M>(to + v * M::kWidth, outside ? Floats{} : sum[v]);
   }
 }
 
 template <class M>
 MMFAST_INLINE void run_space(const Job& job, const TedView& view, int64_t first, int64_t columns, const Desk& at) {
-  using Floats = typename M::Floats;
-  const int64_t sites = view.sites, plane = (sites + 1) * M::kWidth;
-  for (int64_t c = 0; c < columns; c += M::kWidth) {
-    store<M>(at.differences + c / M::kWidth * plane + sites * M::kWidth, Floats{});
-  }
+  constexpr int kWide = M::kWidth == 16 ? 2 : 1;  // as many as have registers
+  for (int64_t c = 0; c < columns; ++c) at.differences[view.sites * kTedColumns + c] = 0.0f;
   for (int64_t t = 0; t < job.frames; ++t) {
     stage<M>(job, view, t, first, columns, at);
-    for (int64_t c = 0; c < columns; c += M::kWidth) {
-      const float* const from = at.differences + c / M::kWidth * plane;
-      float* to = job.out + (view.row + t * sites) * job.width + job.p.time_width + first + c;
-      Floats tap[9], bias, near;
-#pragma GCC unroll 9
-      for (int k = 0; k < 9; ++k) load<M>(tap[k], job.space_taps + k * job.p.space_width + first + c);
-      load<M>(bias, job.p.space_bias + first + c);
-      const int32_t* place = view.places;
-      for (int64_t i = 0; i < sites; ++i, place += 9, to += job.width) {
-        Floats sum = bias;
-#pragma GCC unroll 9
-        for (int k = 0; k < 9; ++k) {
-          load<M>(near, from + place[k] * M::kWidth);
-          sum += tap[k] * near;
-        }
-        store<M>(to, place[4] == sites ? Floats{} : sum);
-      }
-    }
+    int64_t c = 0;
+    for (; c + kWide * M::kWidth <= columns; c += kWide * M::kWidth) around<M, kWide>(job, view, t, first, c, at);
+    for (; c < columns; c += M::kWidth) around<M, 1>(job, view, t, first, c, at);
   }
 }
 
@@ -104,8 +141,11 @@ MMFAST_INLINE void run_block(const Job& job, const TedView& view, const TedBlock
     run_space<M>(job, view, block.first, whole, at);
     if (rest) run_space<SingleFloat>(job, view, block.first + whole, rest, at);
   } else {
-    run_time<M>(job, view, block.first, whole);
-    if (rest) run_time<SingleFloat>(job, view, block.first + whole, rest);
+    constexpr int kWide = M::kWidth == 16 ? 4 : 1;
+    int64_t c = 0;
+    for (; c + kWide * M::kWidth <= whole; c += kWide * M::kWidth) run_time<M, kWide>(job, view, block.first + c);
+    for (; c < whole; c += M::kWidth) run_time<M, 1>(job, view, block.first + c);
+    for (; c < block.columns; ++c) run_time<SingleFloat, 1>(job, view, block.first + c);
   }
 }
 

@@ -131,6 +131,26 @@ def test_concurrent_callers() -> None:
     assert equal == [True] * 80
 
 
+@pytest.mark.parametrize("scaled", [False, True], ids=["raw", "scaled"])
+@pytest.mark.parametrize("layout", ["planes", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_more_rows_than_a_cache_holds(offset: int, dtype: torch.dtype, layout: str, scaled: bool) -> None:
+    """They are written past the caches, unless they lie off the multiples of 16 bytes that this takes."""
+    if scaled and dtype == torch.uint8:
+        pytest.skip("scaled rows are floats")
+    video = layouts(make_video(3, 2, 16))[layout]
+    token, clip = (ids.repeat(500) for ids in some_tokens())
+    given = affine(3) if scaled else (None, None)
+    buffer = torch.full((len(token) * 1536 + 2,), 7, dtype=dtype)
+    rows = buffer[offset : offset + len(token) * 1536].view(-1, 1536)
+    gather_into(rows, video, token, clip, 2, 16, *given)
+    expected = gather_tubes_ref(video, token[:23], clip[:23], 2, 16, *given, dtype)
+    assert torch.equal(rows.view(500, 23, 1536), expected.expand(500, -1, -1))
+    assert buffer[:offset].tolist() == [7] * offset
+    assert buffer[offset + rows.numel() :].tolist() == [7] * (2 - offset)
+
+
 def test_strided_ids_and_scale() -> None:
     video, (token, clip) = make_video(3, 2, 4), some_tokens()
     scale, shift = affine(6)
