@@ -198,6 +198,12 @@ class EVL(nn.Module):
         """Width of `encode`'s features."""
         return self.config.width
 
+    def check_video(self, video: Tensor) -> Grid:
+        """The token grid of a video, or an error that says what is wrong with it."""
+        if isinstance(self.config.backbone, CLIPConfig):
+            return video_grid(video, 3, 1, self.config.backbone.patch_size)
+        return self.backbone.check_video(video)
+
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _stream(self, video: Tensor, views: _Views) -> Iterator[LayerFeatures]:
@@ -232,7 +238,7 @@ class EVL(nn.Module):
         return int(isinstance(self.backbone, CLIPVision))
 
     def _views(self, video: Tensor, mask: Mask) -> _Views:
-        grid = self._grid(video)
+        grid = self.check_video(video)
         self._check_grid(grid)
         frames, cells, batch = grid[0], grid[1] * grid[2], video.shape[0]
         if mask is None:
@@ -257,11 +263,6 @@ class EVL(nn.Module):
             )
         kept = pack.keep_idx.view(pack.num_sequences, pack.length)[:, : pack.length // frames]
         return _Views(pack, lead, kept.contiguous(), grid)
-
-    def _grid(self, video: Tensor) -> Grid:
-        if isinstance(self.config.backbone, CLIPConfig):
-            return video_grid(video, 3, 1, self.config.backbone.patch_size)
-        return self.backbone.check_video(video)
 
     def _check_grid(self, grid: Grid) -> None:
         c = self.config

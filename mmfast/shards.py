@@ -299,7 +299,7 @@ class ShardReader:
         self._where = dict(sorted(where.items()))
         failed = {i: why for index in indexes.values() for i, why in index.failed.items() if i not in where}
         self.failed: dict[int, tuple[str, str]] = dict(sorted(failed.items()))
-        self._sound: set[str] = set()
+        self._sound = torch.zeros(len(self._shards), dtype=torch.bool)
 
     def __len__(self) -> int:
         """Number of clips."""
@@ -329,21 +329,32 @@ class ShardReader:
         Each shard that is needed is read once, and checked the first time. ValueError for a clip that is not there.
         """
         ids = list(ids)
-        places: dict[int, list[tuple[int, int]]] = {}
-        for out, clip_id in enumerate(ids):
-            if clip_id not in self._where:
-                raise ValueError(f"{self.folder}: clip {clip_id} is not there{self._why_not(clip_id)}")
-            shard, row = self._where[clip_id]
-            places.setdefault(shard, []).append((out, row))
         result: Tensor | None = None
-        for shard, wanted in places.items():
-            values = self._read(self._shards[shard], name)
+        for shard, wanted in self._places(ids).items():
+            values = self._read(shard, name)
             if result is None:
                 result = values.new_empty(len(ids), *values.shape[1:])
             result[[out for out, _ in wanted]] = values[[row for _, row in wanted]]
         if result is not None:
             return result
-        return self._read(self._shards[0], name)[:0] if self._shards else torch.zeros(0)
+        return self._read(0, name)[:0] if self._shards else torch.zeros(0)
+
+    def fill(self, into: Mapping[str, Tensor], ids: Iterable[int]) -> None:
+        """Copy the rows of the clips asked for, in that order, into tensors [n, ...] by name, of any dtype.
+
+        Of a shard only these rows are read: for rows of megabytes, of which few are wanted at a time. ValueError as in `rows`.
+        """
+        for shard, wanted in self._places(ids).items():
+            self._check(shard)
+            with safetensors.safe_open(str(self.folder / self._shards[shard].file), "pt") as file:
+                for name, rows in into.items():
+                    values = file.get_slice(name)
+                    for out, row in wanted:
+                        rows[out] = values[row : row + 1][0]
+
+    def share_checks(self) -> None:
+        """Let processes that are started from here on, such as a loader's workers, check a shard once between them."""
+        self._sound.share_memory_()
 
     def iterate(self, name: str, ids: Iterable[int] | None = None) -> Iterator[tuple[int, Tensor]]:
         """(clip id, its row of tensor `name`) in the order of ids, or of those given. Rows are read when asked for."""
@@ -351,7 +362,7 @@ class ShardReader:
         for clip_id in self._where if ids is None else ids:
             number, row = self._where[clip_id]
             if number not in opened:
-                self._check(self._shards[number])
+                self._check(number)
                 while len(opened) >= 64:
                     opened.pop(next(iter(opened)))
                 file = safetensors.safe_open(str(self.folder / self._shards[number].file), "pt")
@@ -361,23 +372,33 @@ class ShardReader:
     def verify(self) -> dict[str, str]:
         """Read every shard through. Returns shard -> fault, for those that are damaged."""
         faults = dict(self.damaged)
-        for shard in self._shards:
-            if fault := shard.fault(self.folder, deep=True):
+        for number, shard in enumerate(self._shards):
+            fault = shard.fault(self.folder, deep=True)
+            self._sound[number] = fault is None
+            if fault:
                 faults[shard.file] = fault
-            else:
-                self._sound.add(shard.file)
         return faults
 
-    def _read(self, shard: Shard, name: str) -> Tensor:
-        self._check(shard)
-        with safetensors.safe_open(str(self.folder / shard.file), "pt") as file:
+    def _places(self, ids: Iterable[int]) -> dict[int, list[tuple[int, int]]]:
+        """By number of the shard: (place among the ids, row in the shard)."""
+        places: dict[int, list[tuple[int, int]]] = {}
+        for out, clip_id in enumerate(ids):
+            if clip_id not in self._where:
+                raise ValueError(f"{self.folder}: clip {clip_id} is not there{self._why_not(clip_id)}")
+            shard, row = self._where[clip_id]
+            places.setdefault(shard, []).append((out, row))
+        return places
+
+    def _read(self, number: int, name: str) -> Tensor:
+        self._check(number)
+        with safetensors.safe_open(str(self.folder / self._shards[number].file), "pt") as file:
             return file.get_tensor(name)
 
-    def _check(self, shard: Shard) -> None:
-        if shard.file not in self._sound:
-            if fault := shard.fault(self.folder, deep=True):
-                raise ValueError(f"{self.folder}: {fault}; run the same command again to do its clips anew")
-            self._sound.add(shard.file)
+    def _check(self, number: int) -> None:
+        # The size every time, since a mapped file that was cut short meanwhile would end the process.
+        if fault := self._shards[number].fault(self.folder, deep=not self._sound[number]):
+            raise ValueError(f"{self.folder}: {fault}; run the same command again to do its clips anew")
+        self._sound[number] = True
 
     def _why_not(self, clip_id: int) -> str:
         if clip_id in self.failed:

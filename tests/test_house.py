@@ -45,6 +45,7 @@ FLOORS = {
     "mmfast.extract": 4.5,
     "mmfast.predict": 4.5,
     "mmfast.multiview": 4.6,
+    "mmfast.evl_cache": 4.6,
     "mmfast.stages": 5,
     "mmfast.plots": 5,
     "mmfast.commands": 6,
