@@ -11,6 +11,7 @@ _STAGES = {
     "pretrain": "stage I: masked pre-training of one modality on source and target clips",
     "distill": "stage II: one RGB student learns from teachers of several modalities",
     "fit-clip": "M2-CLIP: adapters and heads on a frozen CLIP learn labelled videos",
+    "fit-evl": "EVL: a temporal decoder on a frozen CLIP or MaskedViT learns labelled videos",
 }
 
 

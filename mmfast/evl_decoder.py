@@ -128,6 +128,11 @@ class Decoder(nn.Module):
         if config.temporal_cross_attention:
             self.cross_attention = nn.ModuleList(OffsetTables(config.grid, dim) for _ in layers)
 
+    def no_weight_decay(self) -> set[str]:
+        """What stands for a place: positions in time, and the tables of offsets."""
+        places = ("temporal_pos_embed.", "cross_attention.")
+        return {name for name, _ in self.named_parameters() if name.startswith(places)}
+
     def start(self, views: int) -> Tensor:
         """The query of every view before the first layer, [V, D]."""
         return self.cls_token.expand(views, -1)

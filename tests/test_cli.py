@@ -78,6 +78,7 @@ def test_help_lists_every_command_with_one_line(args: list[str], code: int, ligh
         "pretrain  stage I: ",
         "distill   stage II: ",
         "fit-clip  M2-CLIP: ",
+        "fit-evl   EVL: ",
         "convert   change a checkpoint's dialect\n",
     )
     for line in lines:
@@ -95,7 +96,8 @@ def test_version(capsys: Any) -> None:
 def test_an_unknown_command_is_refused(light: Any, capsys: Any) -> None:
     assert main(["pretrian"]) == 2
     assert (
-        "unknown command 'pretrian'; the commands are pretrain, distill, fit-clip, convert" in capsys.readouterr().err
+        "unknown command 'pretrian'; the commands are pretrain, distill, fit-clip, fit-evl, convert"
+        in capsys.readouterr().err
     )
 
 

@@ -303,6 +303,7 @@ def test_presets_are_the_scripts(preset: str, capsys: Any) -> None:
     ssv2 = preset == "ssv2"
     assert (found["trainer"]["max_epochs"], own["batch_size"]) == ((50, 32) if ssv2 else (12, 36))
     assert (own["sampling"], own["flip"], own["stride"]) == (("uniform", 0.0, 16) if ssv2 else ("dense", 0.5, 16))
+    assert own["randaugment"] == ("rand-m7-n4-mstd0.5-inc1" if ssv2 else None)
     assert found["trainer"]["precision"] == ("16-mixed" if preset == "reference" else "bf16-mixed")
     assert own["train"]["format"] == "list"
 

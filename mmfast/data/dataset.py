@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from mmfast.config import ViTConfig
 from mmfast.data.frames import CHANNELS, ClipError, Frames, frame_range, is_template, read_frames
+from mmfast.data.randaugment import operate
 from mmfast.data.records import ClipRecord
 from mmfast.data.transforms import WHOLE, Augmentation, Crop, Draw, centre_crop, crop_flow, crop_resize, normalize
 from mmfast.data.video import RESIZE_MODES
@@ -137,6 +138,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
             self.augment = augment
         else:
             raise TypeError(f"augment must be one of {', '.join(_AUGMENT)} or an Augmentation, got {augment!r}")
+        if self.augment is not None and self.augment.randaugment is not None and self.modalities != ("rgb",):
+            raise ValueError(
+                f"augment has randaugment, which is of rgb alone: it would move rgb off {', '.join(self.modalities)}"
+            )
         self.statistics = _statistics(self.modalities, statistics)
         # Shared memory: workers that live through many epochs see the epoch change, and their findings come back.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -297,7 +302,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             return read_frames(record, "rgb", indices, self.size, resize=self.resize, threads=self.threads)
 
         def cut(clip: Tensor) -> Tensor:
-            return crop_resize(clip, draw.crop(*clip.shape[2:]), self.size)
+            return operate(crop_resize(clip, draw.crop(*clip.shape[2:]), self.size), draw.operations)
 
         return read_frames(record, "rgb", indices, fit=cut, threads=self.threads)
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmfast.data.randaugment import Operation, RandAugment
+
 _ATTEMPTS = 10  # torchvision's, before it falls back to the centre
 
 
@@ -58,6 +60,7 @@ class Draw:
     flip: bool
     ratio_range: tuple[float, float]
     zoom: float | None = None  # the frame's short side over that of a square crop, in place of areas and ratios
+    operations: tuple[Operation, ...] = ()  # of RandAugment, done to the crop
 
     def crop(self, height: int, width: int) -> Crop:
         """The crop of a frame of this size, on whole pixels: torchvision's rule for a random resized crop, or a square."""
@@ -86,7 +89,8 @@ class Augmentation:
 
     scale: of the crop's area to the frame's; ratio: of its width to its height; flip: the probability of mirroring;
     joint: whether flow and heatmaps share them, or stay whole (module docstring). short_side: a square crop instead, into which
-    the frame's short side would go so many times, from low to high. Raises ValueError.
+    the frame's short side would go so many times, from low to high. randaugment: what is done to the colours and the place of the
+    crop besides, of RGB alone, such as "rand-m7-n4-mstd0.5-inc1" (randaugment.py). Raises ValueError.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -94,8 +98,11 @@ class Augmentation:
     flip: float = 0.5
     joint: bool = True
     short_side: tuple[float, float] | None = None
+    randaugment: str | None = None
 
     def __post_init__(self) -> None:
+        if self.randaugment is not None:
+            RandAugment.parse(self.randaugment)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be (low, high) within 0..1, low above 0, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
@@ -117,6 +124,7 @@ class Augmentation:
             flip=u[-1] < self.flip,
             ratio_range=self.ratio,
             zoom=None if self.short_side is None else near + (far - near) * u[0],
+            operations=() if self.randaugment is None else RandAugment.parse(self.randaugment).draw(generator),
         )
 
 

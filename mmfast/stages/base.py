@@ -15,6 +15,8 @@ from ..guard import HALVINGS, check_step, total_norm
 from ..masks import Grid, Pack, sample_pack
 from ..optim import WarmupCosine, param_groups, scale_lr
 
+BASE_BATCH = 256  # clips of a step that learning rates are said for
+
 
 class Stage(LightningModule):
     """A stage of training: a subclass has `loss_module`, `losses(batch)` and `export(state, folder)`.
@@ -31,6 +33,7 @@ class Stage(LightningModule):
 
     loss_module: nn.Module
     may_keep_all = False  # whether a mask_ratio of 0 makes sense
+    scales_lr = True  # whether lr is of a step of 256 clips, and grows with the step; else it is as given
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class Stage(LightningModule):
         self.decay_all, self.reference, self.mask_ratio = decay_all, reference, mask_ratio
         self.seed, self.patience = seed, patience
         self.skipped = 0
+        self.step_clips = 0  # of all ranks and accumulated batches; known once there is an optimiser
         # Over accumulated batches. No buffer, which DDP would overwrite by rank 0's.
         self._loss_sum: Tensor | None = None
         self._skipped_in_a_row = self._overflowed_in_a_row = 0
@@ -107,7 +111,8 @@ class Stage(LightningModule):
 
     def configure_optimizers(self) -> Any:
         trainer: Any = self.trainer
-        planned = trainer.estimated_stepping_batches  # also makes the data loader
+        trainer.fit_loop.setup_data()  # where max_steps is the end, nothing before has asked how long an epoch is
+        planned = trainer.estimated_stepping_batches
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         # A run cut short by max_steps keeps the schedule of its epochs.
         epochs = trainer.max_epochs
@@ -125,9 +130,10 @@ class Stage(LightningModule):
         per_rank = getattr(trainer.train_dataloader, "batch_size", None)
         if per_rank is None:
             raise ValueError("the train data loader must have a batch_size: the learning rate is scaled by it")
-        batch = per_rank * trainer.world_size * trainer.accumulate_grad_batches
-        rest = [scale_lr(lr, batch) if self.scale_all_lrs else lr for lr in (self.min_lr, self.warmup_lr)]
-        lr = scale_lr(self.lr, batch)
+        self.step_clips = batch = per_rank * trainer.world_size * trainer.accumulate_grad_batches
+        size = batch if self.scales_lr else BASE_BATCH
+        rest = [scale_lr(lr, size) if self.scale_all_lrs else lr for lr in (self.min_lr, self.warmup_lr)]
+        lr = scale_lr(self.lr, size)
         optimizer = torch.optim.AdamW(self.groups(lr), lr=lr, betas=self.betas)
         schedule = WarmupCosine(
             optimizer, int(total), warmup, min_lr=rest[0], warmup_lr=rest[1], reference=self.reference

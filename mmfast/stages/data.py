@@ -1,7 +1,7 @@
 """Data modules: clips listed in a file, or synthetic ones, to the batches of a stage."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -104,6 +104,16 @@ class StageData(LightningDataModule):
         """The data sets that are read side by side, by name; an epoch is one pass over the first."""
         raise NotImplementedError
 
+    @property
+    def collate_train(self) -> Callable[[list[Any]], Any]:
+        """Items of an EpochSampler's keys to a batch."""
+        return _collate_drawn
+
+    @property
+    def collate_val(self) -> Callable[[list[Any]], Any]:
+        """Items of Placed to a batch."""
+        return _collate_placed
+
     def setup(self, stage: str | None = None) -> None:
         if not self.train_sets:
             self.train_sets = self.sets()
@@ -127,7 +137,7 @@ class StageData(LightningDataModule):
             self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_collate_drawn,
+            collate_fn=self.collate_train,
             pin_memory=_pins(self.trainer),
             worker_init_fn=_leave_interrupts,
         )
@@ -174,7 +184,7 @@ class StageData(LightningDataModule):
             self.batch_size,
             sampler=RankPlaces(clips, *ranks),
             num_workers=self.num_workers,
-            collate_fn=_collate_placed,
+            collate_fn=self.collate_val,
             pin_memory=_pins(self.trainer),
             worker_init_fn=_leave_interrupts,
         )

@@ -1,4 +1,4 @@
-"""`mmfast pretrain`, `distill` and `fit-clip`: presets, flags and files to a Trainer, by LightningCLI."""
+"""`mmfast pretrain`, `distill`, `fit-clip` and `fit-evl`: presets, flags and files to a Trainer, by LightningCLI."""
 
 import argparse
 import warnings
@@ -18,6 +18,8 @@ from .data import DistillData, PretrainData
 from .distill import DistillStage
 from .fit_clip import FitClipStage
 from .fit_clip_data import FitClipData
+from .fit_evl import FitEvlStage
+from .fit_evl_data import FitEvlData
 from .pretrain import PretrainStage
 from .resume import AtomicCheckpointIO, Export, Faults, ResumePoint
 
@@ -26,8 +28,12 @@ STAGES: dict[str, tuple[type[LightningModule], type[LightningDataModule]]] = {
     "pretrain": (PretrainStage, PretrainData),
     "distill": (DistillStage, DistillData),
     "fit-clip": (FitClipStage, FitClipData),
+    "fit-evl": (FitEvlStage, FitEvlData),
 }
-CHOICES = {"fit-clip": ("paper", "k400", "ssv2", "reference")}
+CHOICES = {
+    "fit-clip": ("paper", "k400", "ssv2", "reference"),
+    "fit-evl": ("paper", "paper_16f", "paper_32f", "reference"),
+}
 INTERRUPTED = 130  # as shells have it
 
 
@@ -85,6 +91,10 @@ class StageCLI(LightningCLI):
         elif self.stage == "fit-clip":
             parser.link_arguments("data.num_frames", "model.num_frames")
             parser.link_arguments("data.captions", "model.captions", apply_on="instantiate")
+        elif self.stage == "fit-evl":
+            parser.link_arguments("data.num_frames", "model.num_frames")
+            parser.link_arguments("data.size", "model.size")
+            parser.link_arguments("data.names", "model.names", apply_on="instantiate")
         else:
             parser.link_arguments("model.teachers", "data.modalities", compute_fn=_names)
 
