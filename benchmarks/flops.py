@@ -1,7 +1,6 @@
-"""Counts: floating-point operations in two conventions, least bytes, and the bare matrix products at the same shapes.
+"""Operations of the ensemble in two conventions, least bytes, and the bare matrix products at the same shapes.
 
-A multiply and an add are two operations. Per token and layer the Linear layers take 24 D^2 (at mlp_ratio 4), and the
-two attention products 4 n D.
+A multiply and an add are two operations; workloads.py counts them.
 
     published   Linear and Conv3d only, attention left out, as the masked-ensemble literature counts
     true        everything that multiplies matrices, attention included
@@ -13,9 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import workloads
 from harness import time_once
 from peers import have_onednn
 from torch import Tensor
+from workloads import patch_dim
 
 if TYPE_CHECKING:
     from mmfast.config import ViTConfig
@@ -37,35 +38,21 @@ class Flops:
         return self.linear + self.attention
 
 
-def patch_dim(config: "ViTConfig") -> int:
-    return config.in_chans * config.tubelet_size * config.patch_size**2
-
-
 def count(config: "ViTConfig", n: int, views: int, embedded: int | None = None) -> Flops:
     """Operations of one clip: `views` sequences of n kept tokens.
 
     embedded: tokens the patch embedding multiplies per view; the published path embeds the full grid, so that is the
     default. A path that gathers first passes n.
     """
-    D = config.embed_dim
-    embedded = config.num_tokens if embedded is None else embedded
-    per_token = 2 * D * (3 * D + D) + 2 * 2 * D * config.mlp_dim
-    linear = 2 * embedded * patch_dim(config) * D + config.depth * n * per_token + 2 * D * config.num_classes
-    return Flops(linear=views * linear, attention=views * config.depth * 4 * n * n * D)
+    ops = workloads.inference(config, n, views, embedded=config.num_tokens if embedded is None else embedded)
+    attention = workloads.flops_of(ops, "attention")
+    return Flops(linear=workloads.flops_of(ops) - attention, attention=attention)
 
 
 def least_bytes(config: "ViTConfig", sequences: int, n: int, itemsize: int, pixel_itemsize: int = 1) -> int:
-    """Bytes that a path with one kernel an op has to move: every op reads its inputs once and writes its output once.
-
-    Per token and layer in units of D elements: LN 2, QKV 4, attention 4, projection and residual 3, LN 2, fc1 and GELU
-    1 + r, fc2 and residual r + 2, with r = mlp_ratio. Weights are read once a batch.
-    """
-    D, tokens = config.embed_dim, sequences * n
-    ratio = config.mlp_dim / D
-    activations = int(tokens * config.depth * (18 + 2 * ratio) * D) * itemsize
-    weights = D * patch_dim(config) + config.depth * (4 * D * D + 2 * D * config.mlp_dim) + D * config.num_classes
-    embed = tokens * (patch_dim(config) * pixel_itemsize + D * itemsize)
-    return activations + weights * itemsize + embed
+    """Bytes that a path with one kernel an op has to move, as workloads.py counts them; weights are read once a batch."""
+    rules = workloads.Rules(item=itemsize, pixel=pixel_itemsize)
+    return sum(op.least for op in workloads.inference(config, n, sequences, rules=rules))
 
 
 def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
