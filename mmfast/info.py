@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from mmfast_kernels import _C
+from mmfast_kernels import _C, tables, tuned
 from mmfast_kernels.backends import describe
 
 from . import __version__
@@ -30,6 +30,7 @@ def report() -> str:
             f"  {device}: {p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} multiprocessors, "
             f"{p.total_memory / 2**30:.0f} GiB"
         )
+    lines += ["", f"kernel configurations: {_tables()}"]
     for device in devices:
         lines += ["", f"attention on {device}", *_attention(device)]
     return "\n".join(lines)
@@ -40,6 +41,14 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _tables() -> str:
+    folder = tuned.folder()
+    if folder is None:
+        return "shipped"
+    own = sum(len(tuned.rows(op)) for op in tables.names())
+    return f"{own} cases measured here ({folder}), else shipped" if own else "shipped (`mmfast tune` measures this GPU)"
 
 
 def _attention(device: torch.device) -> list[str]:

@@ -160,8 +160,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "op.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     yield "op"
-    tables.rows.cache_clear()
-    tables._lookup.cache_clear()
+    tables.reload()
     tables._tuned.clear()
 
 
@@ -186,20 +185,20 @@ def test_missing_row_is_named(table: str) -> None:
 
 def test_nothing_is_timed_unless_asked(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MMFAST_AUTOTUNE", raising=False)
-    monkeypatch.setattr(tables, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(tables, "measure", lambda *_: pytest.fail("timed"))
     assert tables.config(table, print, arch=90, n=4, dtype="bf16") == {"B": 1}
 
 
 def test_autotune_takes_the_fastest_once(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[Any] = []
 
-    def time(run: Any, config: Any) -> float:
+    def time(run: Any, config: Any) -> tables.Timed:
         timed.append(config)
-        return 10 - config["B"]
+        return tables.Timed(config, 10 - config["B"])
 
     monkeypatch.setenv("MMFAST_AUTOTUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tables, "_time", time)
+    monkeypatch.setattr(tables, "measure", time)
     for _ in range(2):
         assert tables.config(table, print, arch=90, n=4, dtype="bf16") == {"B": 9}
     assert timed == [{"B": 1}, {"B": 9}]
@@ -208,7 +207,7 @@ def test_autotune_takes_the_fastest_once(table: str, monkeypatch: pytest.MonkeyP
 def test_autotune_does_not_time_in_a_graph_capture(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMFAST_AUTOTUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(tables, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(tables, "measure", lambda *_: pytest.fail("timed"))
     assert tables.config(table, print, arch=90, n=4, dtype="bf16") == {"B": 1}
 
 

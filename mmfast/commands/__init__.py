@@ -11,6 +11,7 @@ SUMMARIES = {
     "sweep": "accuracy and latency over mask ratios and views, and the best setting under a budget",
     "convert": "a checkpoint into mmfast's own folder or another project's names",
     "doctor": "check a data set's files against its annotations",
+    "tune": "the kernels' configurations, measured on this machine's GPU",
     "info": "versions, devices, what was compiled, which attention backend is taken",
 }
 
