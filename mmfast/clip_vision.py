@@ -85,7 +85,8 @@ class CLIPVision(nn.Module):
         cut, _ = self.cut(video, mask)
         transformer = self.transformer
         x = self._embedded(video, cut)
-        return stream_blocks(transformer.resblocks[: transformer.depth], x, cut.frames, cut.layout, last)
+        blocks, recompute = transformer.resblocks[: transformer.depth], transformer.grad_checkpointing
+        return stream_blocks(blocks, x, cut.frames, cut.layout, last, recompute)
 
     def head(self, features: Tensor) -> Tensor:
         """ln_post of class tokens [..., D], or of a mean of them."""

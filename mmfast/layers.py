@@ -200,20 +200,37 @@ def run_block(
 
 
 def stream_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, pack: Pack, layout: "FrameLayout | None", last: int
+    blocks: Iterable[nn.Module], x: Tensor, pack: Pack, layout: "FrameLayout | None", last: int, recompute: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens [T, D], packed queries, keys and values [T, 3, H, d]) of each of the last blocks, as soon as it has run."""
+    """(tokens [T, D], packed queries, keys and values [T, 3, H, d]) of each of the last blocks, as soon as it has run.
+
+    recompute: as run_block has it.
+    """
     stack = list(blocks)
     if not 1 <= last <= len(stack):
         raise ValueError(f"last must lie in 1..{len(stack)}, the blocks there are, got {last}")
     branch: Tensor | None = None
     for i, block in enumerate(stack):
-        seen: list[Tensor] | None = [] if i >= len(stack) - last else None
         with profiling.range(f"block{i}"):
-            x, branch = block(x, branch, pack, layout, None, seen)
-        if seen is not None:
-            x, branch = x + branch, None
-            yield x, seen[0]
+            if i < len(stack) - last:
+                x, branch = run_block(block, x, branch, pack, recompute, layout)
+                continue
+            if recompute and torch.is_grad_enabled():
+                x, qkv = checkpoint(_seen_block, block, x, branch, pack, layout, use_reentrant=False)
+            else:
+                x, qkv = _seen_block(block, x, branch, pack, layout)
+            branch = None
+        yield x, qkv
+        del qkv  # free while the next block runs
+
+
+def _seen_block(
+    block: nn.Module, x: Tensor, branch: Tensor | None, pack: Pack, layout: "FrameLayout | None"
+) -> tuple[Tensor, Tensor]:
+    """The tokens after a block, and its packed queries, keys and values."""
+    seen: list[Tensor] = []
+    x, branch = block(x, branch, pack, layout, None, seen)
+    return x + branch, seen[0]
 
 
 class Constant(nn.Module):

@@ -219,7 +219,7 @@ class MaskedViT(nn.Module):
         """
         pack, _ = self.pack(video, mask)
         layout = self._layout(pack, self.check_video(video))
-        return stream_blocks(self.blocks, self.embed(video, pack), pack, layout, last)
+        return stream_blocks(self.blocks, self.embed(video, pack), pack, layout, last, self.grad_checkpointing)
 
     def ensemble(
         self,

@@ -186,6 +186,25 @@ def test_unfrozen_backbone_trains() -> None:
         assert relative_error(grad, truth) < 1e-5, name
 
 
+@pytest.mark.parametrize("backbone", ["clip", "vit"])
+def test_blocks_of_a_trained_backbone_are_computed_again(backbone: str) -> None:
+    def step(what: str | None) -> tuple[dict[str, Tensor], int]:
+        model, kept = tiny_model(backbone), []
+        model.freeze_backbone(False)
+        if what is not None:
+            model.set_grad_checkpointing(True, what)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            loss = model(clips(model.config)).square().sum()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept)
+
+    (plain, most), (again, least) = step(None), step("block")
+    assert least < 0.7 * most
+    assert plain.keys() == again.keys()
+    for name, grad in plain.items():
+        assert relative_error(again[name], grad) < 1e-6, name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_backbone_of_half_precision(dtype: torch.dtype) -> None:
