@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "gather.h"
+#include "int8.h"
 #include "pack.h"
 #include "philox.h"
 #include "sampler.h"
@@ -126,6 +127,15 @@ void ted_stencil_backward(Address dout, Address h, Address sites, const Three& s
                                ted_gradients(gradients), threads, widest);
 }
 
+void int8_pass(int64_t rows, int64_t width, Address product, Address row_scale, Address column_scale, Address bias,
+               Address values, Address residual, Address total, int gelu, Address norm_weight, Address norm_bias,
+               float eps, Address out, Address out_scale, int threads, int widest) {
+  mmfast::int8_pass({rows, width, at<int32_t>(product), at<float>(row_scale), at<float>(column_scale), at<float>(bias),
+                     at<float>(values), at<float>(residual), at<float>(total), mmfast::Gelu(gelu),
+                     at<float>(norm_weight), at<float>(norm_bias), eps, at<int8_t>(out), at<float>(out_scale)},
+                    threads, widest);
+}
+
 int64_t union_rows(Address keep_idx, int64_t tokens, Address cu_seqlens, int64_t sequences, int64_t views,
                    Address union_idx, Address union_clip, Address row_of) {
   return mmfast::union_rows(at<int32_t>(keep_idx), tokens, at<int32_t>(cu_seqlens), sequences, views,
@@ -185,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward", &attention_backward, no_gil);
   m.def("ted_stencil", &ted_stencil, no_gil);
   m.def("ted_stencil_backward", &ted_stencil_backward, no_gil);
+  m.def("int8_pass", &int8_pass, no_gil);
   m.def("union_rows", &union_rows, no_gil);
   m.def("build_info", &build_info, no_gil);
 #ifdef MMFAST_WITH_CUDA

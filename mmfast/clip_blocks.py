@@ -1,5 +1,6 @@
 """What both towers of CLIP are made of: a stack of blocks, some with adapters in front of a half."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from . import profiling
 from .adapters import FrameLayout, TEDAdapter, TextAdapter
+from .fused import Fusible
 from .layers import Block, run_block, set_recompute
 from .masks import Pack
 
@@ -49,7 +51,7 @@ def place_adapters(blocks: nn.ModuleList, dim: int, placement: AdapterPlacement)
             setattr(blocks[n], f"adapter_pre_{half}", _KINDS[placement.kind](dim, placement.hidden))
 
 
-class Transformer(nn.Module):
+class Transformer(Fusible):
     """Blocks of CLIP's kind, called `resblocks` as its files do. The first `depth` run; `extra` more only hold weights."""
 
     def __init__(
@@ -86,7 +88,10 @@ class Transformer(nn.Module):
         rows: int [S], a token of each sequence (of a causal tower the last): these alone are given, [S, D] both.
         """
         branch: Tensor | None = None
-        for i in range(self.depth):
+        done = 0
+        if self.fused is not None:
+            x, done = self.fused(x, pack, layout), self.depth - 1
+        for i in range(done, self.depth):
             block = self.resblocks[i]
             # An adapter over frames before the last MLP reads the neighbours of the rows.
             early = i == self.depth - 1 and (layout is None or block.adapter_pre_mlp is None or not block.use_adapters)
@@ -97,6 +102,10 @@ class Transformer(nn.Module):
         if rows is not None and not early:
             return x.index_select(0, rows), branch.index_select(0, rows)
         return x, branch
+
+    def _to_fuse(self) -> Sequence[nn.Module]:
+        # The last block runs as it is: of what it computes most is not needed.
+        return list(self.resblocks[: self.depth - 1])
 
     def set_grad_checkpointing(self, enable: bool = True, what: str = "block") -> None:
         """As MaskedViT's."""

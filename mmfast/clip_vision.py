@@ -1,7 +1,7 @@
 """CLIP's vision tower on video: every frame is a sequence of its own, a class token and the cells that are kept."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,16 @@ class CLIPVision(nn.Module):
         if over_frames:
             cut = cut._replace(layout=FrameLayout.of_pack(cut.views, grid, True, check=not checked))
         return cut, lead
+
+    def fuse_for_inference(self, gelu: str | None = None) -> Self:
+        """As MaskedViT's, of all blocks but the last."""
+        self.transformer.fuse_for_inference(gelu)
+        return self
+
+    def unfuse(self) -> Self:
+        """Undo fuse_for_inference. Returns the model."""
+        self.transformer.unfuse()
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True, what: str = "block") -> None:
         """As MaskedViT's."""

@@ -24,6 +24,7 @@ from .masks import kept_per_slot, sample_pack
 from .shards import Label, ShardReader, ShardWriter, checked_place, place_in_world
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT8 = "int8"  # the precision of a model after quantize_int8, without autocast
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -84,9 +85,10 @@ def extract(
     """Encode every clip of `dataset` under `views` tube masks, into the folder `out`, where FeatureStore reads them.
 
     What an earlier run into the folder has done stays; it must agree in weights, masks and `about` (plain data: how the
-    clips were made). precision: "fp32", or "bf16" or "fp16" autocast; dtype: what the features are stored in. workers:
-    threads that load clips ahead. rank, world: this process's part, by default from torchrun or SLURM. retry: try clips
-    again that could not be read. A clip that cannot be read is skipped and reported. Holds one shard and a few batches.
+    clips were made). precision: "fp32", "bf16" or "fp16" autocast, or "int8" after quantize_int8; dtype: what the features
+    are stored in. workers: threads that load clips ahead. rank, world: this process's part, by default from torchrun or
+    SLURM. retry: try clips again that could not be read. A clip that cannot be read is skipped and reported. Holds one
+    shard and a few batches.
 
     Raises ValueError for arguments out of range, clips that the model cannot take, and a folder of another run.
     """
@@ -130,7 +132,7 @@ def encoder(
     model: Encoder, views: int, mask_ratio: float, seed: int, precision: str = "fp32"
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of (video [B, C, F, H, W] on any device, clip ids int64 [B]) that gives features [B, P, D] on the model's."""
-    amp = one_of("precision", precision, PRECISIONS)
+    amp = amp_of(model, precision)
     device = next(iter(model.parameters())).device
 
     @torch.no_grad()
@@ -147,6 +149,14 @@ def encoder(
         return torch.cat(run_in_micro_batches(run, len(ids), micro_batch_size(tokens, device)))
 
     return encode
+
+
+def amp_of(model: Encoder, precision: str) -> torch.dtype | None:
+    """What autocast takes for a precision. ValueError for an unknown one, and for int8 without quantize_int8 or the reverse."""
+    amp = one_of("precision", precision, {**PRECISIONS, INT8: None})
+    if getattr(model, "is_int8", False) != (precision == INT8):
+        raise ValueError(f'precision must be "int8" after quantize_int8 and only then, got {precision!r}')
+    return amp
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:

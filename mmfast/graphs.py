@@ -80,6 +80,7 @@ def _key(model: Any, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple
         tf32_allowed(),
         torch.is_inference_mode_enabled(),
         getattr(model, "use_adapters", False),
+        getattr(getattr(model, "fused", None), "generation", 0),
     )
     return (layout, pack.num_sequences, pack.length, weights, modes)
 

@@ -1,6 +1,6 @@
 """Transformer modules over packed tokens: x [T, D], all sequences end to end, described by a Pack."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,9 +58,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pack: Pack, rows: Tensor | None = None, seen: list[Tensor] | None = None) -> Tensor:
         """x: [T, D]. rows: int [S], a token of each sequence to compute alone, over all of its sequence: of a causal one
         the last. seen: a list that takes the packed product [T, 3, H, d]. Returns [T, D] or [S, D]."""
-        bias: Tensor | None = self.qkv.bias
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        bias = self.joint_bias()
         if rows is not None:
             return self.proj(self._of_rows(x, pack, rows, bias).flatten(1))
         qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
@@ -70,6 +68,12 @@ class Attention(nn.Module):
             qkv, cu_seqlens=pack.cu_seqlens, length=pack.length, max_length=pack.max_length, causal=self.causal
         )
         return self.proj(out.flatten(1))
+
+    def joint_bias(self) -> Tensor | None:
+        """The bias [3D] of queries, keys and values together, or None."""
+        if self.q_bias is None or self.v_bias is None:
+            return self.qkv.bias
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
     def _of_rows(self, x: Tensor, pack: Pack, rows: Tensor, bias: Tensor | None) -> Tensor:
         dim, weight = x.shape[-1], self.qkv.weight
@@ -111,6 +115,7 @@ class Block(nn.Module):
 
     adapter_pre_attn: nn.Module | None
     adapter_pre_mlp: nn.Module | None
+    int8: Callable[..., tuple[Tensor, Tensor]] | None = None  # what runs in place of forward (quantize.py)
 
     def __init__(
         self,
@@ -146,6 +151,10 @@ class Block(nn.Module):
         rows: Tensor | None = None,
         seen: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if self.int8 is not None:
+            if rows is not None:
+                raise ValueError("a block in int8 computes all tokens; rows must be None")
+            return self.int8(self, x, branch, pack, layout, seen)
         with profiling.range("attention"):
             x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
             branch = self._scaled(self.attn(h, pack, rows, seen), self.gamma_1, pack, rows)
@@ -164,11 +173,18 @@ class Block(nn.Module):
         layout: "FrameLayout | None",
     ) -> tuple[Tensor, Tensor]:
         """The stream with the branch added and the adapter applied, and its norm."""
-        if adapter is None or not self.use_adapters:
+        if not self.runs(adapter):
             return (x, norm(x)) if branch is None else norm.add(x, branch)
-        x = x if branch is None else x + branch
-        x = adapter(x) if layout is None else adapter.run(x, layout)  # type: ignore[operator]  # an adapter over frames
+        x = self.adapted(adapter, x if branch is None else x + branch, layout)
         return x, norm(x)
+
+    def runs(self, adapter: nn.Module | None) -> bool:
+        """Whether this adapter of the block's is there and takes part."""
+        return adapter is not None and self.use_adapters
+
+    def adapted(self, adapter: nn.Module | None, x: Tensor, layout: "FrameLayout | None") -> Tensor:
+        """x [T, D] through an adapter that runs, over the frames of a layout where there is one."""
+        return adapter(x) if layout is None else adapter.run(x, layout)  # type: ignore[operator,misc,union-attr]
 
     def _scaled(self, branch: Tensor, gamma: Tensor | None, pack: Pack, rows: Tensor | None) -> Tensor:
         """LayerScale, and stochastic depth: the branch of a whole sequence dropped (Huang et al., ECCV 2016)."""

@@ -17,6 +17,7 @@ from .adapters import FrameLayout
 from .clip_blocks import AdapterPlacement, place_adapters
 from .config import ViTConfig, from_name
 from .ensemble import ensemble
+from .fused import Fusible
 from .layers import (
     Block,
     Constant,
@@ -30,11 +31,13 @@ from .layers import (
     stream_blocks,
 )
 from .masks import ClipIds, Grid, Pack, check_mask, check_tubes, full_pack, join_packs, pack_masks, video_grid
+from .quantize import Quantizable
 
 if TYPE_CHECKING:
     from .checkpoints import LoadReport
 
 Mask = Tensor | Pack | None
+Stream = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_chans, config.embed_dim, kernel, kernel)
 
 
-class MaskedViT(nn.Module):
+class MaskedViT(Quantizable, Fusible):
     """VideoMAE's ViT (arXiv 2203.12602) on masked clips.
 
     video: [B, C, F, H, W] on any strides, float and normalised already, or uint8 and normalised inside with config.mean and
@@ -284,6 +287,10 @@ class MaskedViT(nn.Module):
 
     # Adapters
 
+    def _to_fuse(self) -> Sequence[nn.Module]:
+        self.refuse_if_int8("fuse_for_inference")
+        return list(self.blocks)
+
     def add_adapters(
         self, hidden: int, before: str | Sequence[str] = ("attn",), layers: Sequence[int] | None = None
     ) -> None:
@@ -291,6 +298,7 @@ class MaskedViT(nn.Module):
 
         Raises ValueError where there are adapters already or an argument does not fit; the config says where they are.
         """
+        self.refuse_if_fused("add_adapters")
         if self.config.adapter_hidden:
             raise ValueError(f"the model has adapters already, {self.config.adapter_hidden} wide")
         if hidden < 1:
@@ -389,29 +397,35 @@ class MaskedViT(nn.Module):
         capturing = pack.keep_idx.is_cuda and torch.cuda.is_current_stream_capturing()
         return FrameLayout.of_pack(pack, grid, check=not pack.tubes and not capturing)
 
-    def _encode(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
-        """The residual stream after the last block, and the branch still to be added to it."""
+    def _encode(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Stream:
+        """The residual stream after the last block, and the branch still to be added to it, if any."""
         branch, layout = None, self._layout(pack, grid or self.config.grid)
+        if self.fused is not None:
+            return self.fused(x, pack, layout), None
         for i, block in enumerate(self.blocks):
             with profiling.range(f"block{i}"):
                 x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
-        assert branch is not None
         return x, branch
 
-    def _normed(self, stream: tuple[Tensor, Tensor]) -> Tensor:
+    def _normed(self, stream: Stream) -> Tensor:
+        x, branch = stream
+        if self.norm is None:
+            return _joined(stream)
         # Features keep the stream's dtype under autocast, as plain torch's do.
-        return stream[0] + stream[1] if self.norm is None else self.norm.add(*stream, stream[0].dtype)[1]
+        return self.norm(x, x.dtype) if branch is None else self.norm.add(x, branch, x.dtype)[1]
 
-    def _pool(self, stream: tuple[Tensor, Tensor], pack: Pack) -> Tensor:
+    def _pool(self, stream: Stream, pack: Pack) -> Tensor:
         with profiling.range("pool"):
             if self.config.pool == "first":
                 starts = pack.cu_seqlens[:-1]
-                first = self._normed((stream[0].index_select(0, starts), stream[1].index_select(0, starts)))
+                x, branch = (None if t is None else t.index_select(0, starts) for t in stream)
+                assert x is not None
+                first = self._normed((x, branch))
                 return first if self.fc_norm is None else self.fc_norm(first, first.dtype)
             weight, bias, eps = _norm_arguments(self.fc_norm)
             token_weight, token_bias, token_eps = _norm_arguments(self.norm)
             return segment_mean_norm(
-                stream[0] + stream[1],
+                _joined(stream),
                 pack.cu_seqlens if pack.length is None else None,
                 length=pack.length,
                 weight=weight,
@@ -428,6 +442,11 @@ class MaskedViT(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.patch_embed.proj.weight.device
+
+
+def _joined(stream: Stream) -> Tensor:
+    x, branch = stream
+    return x if branch is None else x + branch
 
 
 def _placement(config: ViTConfig) -> AdapterPlacement:

@@ -291,7 +291,7 @@ def test_clips_of_several_sizes_keep_their_order(tmp_path: Path) -> None:
         ({"workers": -1}, "workers must be at least 0"),
         ({"shard_size": 0}, "shard_size must be at least 1"),
         ({"rank": 2, "world": 2}, "rank must lie in"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16"),
+        ({"precision": "int4"}, "precision must be one of fp32, bf16, fp16, int8"),
         ({"dtype": "float8"}, "dtype must be one of"),
     ],
 )

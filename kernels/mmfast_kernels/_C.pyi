@@ -1,7 +1,7 @@
 """The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
 
 Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
-mmfast_kernels.sampling, .gather, .attention_cpp and .ted. All release the GIL and may run at the same time.
+mmfast_kernels.sampling, .gather, .attention_cpp, .ted and .int8. All release the GIL and may run at the same time.
 """
 
 from collections.abc import Sequence
@@ -55,6 +55,11 @@ def ted_stencil_cuda(
 def ted_stencil_backward_cuda(
     dout: int, h: int, type: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int,
     space_width: int, dh: int, gradients: Sequence[int], partials: int, groups: int, stream: int, /,
+) -> None: ...  # fmt: skip
+def int8_pass(
+    rows: int, width: int, product: int, row_scale: int, column_scale: int, bias: int, values: int, residual: int,
+    total: int, gelu: int, norm_weight: int, norm_bias: int, eps: float, out: int, out_scale: int, threads: int,
+    widest: int, /,
 ) -> None: ...  # fmt: skip
 def union_rows(
     keep_idx: int, tokens: int, cu_seqlens: int, sequences: int, views: int, union_idx: int, union_clip: int,

@@ -116,10 +116,13 @@ def _refusal_of_cudnn(case: Case) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _arch(device: torch.device) -> int:
     """tables.arch_of, as something torch.compile need not look into."""
     return tables.arch_of(device)
+
+
+# All that torch.compiler.assume_constant_result does, which would import torch.compile, a second, into every process.
+_arch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

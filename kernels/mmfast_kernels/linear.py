@@ -77,6 +77,23 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """weight [N, K], fp32 on the CPU, in oneDNN's own form, which linear and linear_gelu take in its place without making it
+    anew at every call: a twentieth of a product of some hundred rows. For inference: an opaque copy, with no gradient."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def add_linear_(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """total + x weight^T + bias in total's place, without a gradient; without a bias in the product's own epilogue.
+
+    total: [T, N], contiguous. x: [T, K]. weight: [N, K], perhaps packed. bias: [N] or None. Returns total.
+    """
+    alike = total.dtype == x.dtype == weight.dtype  # under autocast they may differ
+    if bias is None and alike and not onednn_takes(x, weight):
+        return total.addmm_(x, weight.t())
+    return total.add_(linear(x, weight, bias))
+
+
 def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b [N, K] of a [R, N] and b [R, K], perhaps as a transposed view: the narrower of the two is the one to copy."""
     return onednn(a.t(), b.t()) if a.shape[1] <= b.shape[1] else onednn(b.t(), a.t()).t()

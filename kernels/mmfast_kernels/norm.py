@@ -293,7 +293,7 @@ def _run(x: Tensor, branch: Tensor | None, gamma: Tensor | None, *rest: Any) -> 
     return tuple(reversed(outputs))
 
 
-def _y_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def y_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is not None:
         return dtype
     device = x.device.type
@@ -312,7 +312,7 @@ def layer_norm(
     Raises TypeError for a dtype that is not floating, ValueError for a wrong shape.
     """
     _check("layer_norm", x, None, None, weight, bias, dtype)
-    dtype = _y_dtype(x, dtype)
+    dtype = y_dtype(x, dtype)
     if not use_kernel(x, weight, bias):
         return layer_norm_ref(x, weight, bias, eps, dtype=dtype)
     return _run(x, None, None, weight, bias, eps, dtype)[0]
@@ -335,7 +335,7 @@ def add_layer_norm(
     given. Both [..., D]. Raises TypeError for a dtype that is not floating, ValueError for a wrong shape.
     """
     _check("add_layer_norm", x, branch, gamma, weight, bias, dtype)
-    dtype = _y_dtype(x, dtype)
+    dtype = y_dtype(x, dtype)
     if not use_kernel(x, branch, gamma, weight, bias):
         return add_layer_norm_ref(x, branch, weight, bias, eps, gamma=gamma, dtype=dtype)
     total, y = _run(x, branch, gamma, weight, bias, eps, dtype)

@@ -10,6 +10,7 @@ SUMMARIES = {
     "evaluate": "the accuracy table of few-shot episodes, of a classifier over many views, or zero-shot by texts",
     "sweep": "accuracy and latency over mask ratios and views, and the best setting under a budget",
     "convert": "a checkpoint into mmfast's own folder or another project's names",
+    "package": "ensemble as one file that torch runs without mmfast, from Python or C++",
     "doctor": "check a data set's files against its annotations",
     "tune": "the kernels' configurations, measured on this machine's GPU",
     "info": "versions, devices, what was compiled, which attention backend is taken",

@@ -21,7 +21,7 @@ from ..data.frames import CHANNELS
 from ..data.manifest import folder_manifest, read_manifest
 from ..data.records import AnnotationSet, ClipRecord
 from ..data.video_lists import read_class_names
-from ..extract import PRECISIONS, STORED, Report
+from ..extract import INT8, PRECISIONS, STORED, Report
 from ..predict import MANIFESTS, video_records
 from ..shards import place_in_world
 from ..vit import MaskedViT
@@ -102,7 +102,12 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument("--img-size", type=int, help="pixels a side")
     group.add_argument("--norm-eps", type=float, help="eps of the LayerNorms")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="(default: %(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=(*PRECISIONS, INT8),
+        default="fp32",
+        help="int8: of a masked ViT on the CPU, not for training (default: %(default)s)",
+    )
 
 
 def load_model(args: argparse.Namespace) -> MaskedViT:
@@ -115,7 +120,8 @@ def load_model(args: argparse.Namespace) -> MaskedViT:
         )
     if first_rank():
         sys.stderr.write(f"{args.checkpoint}: {report}\n" + "".join(f"{warning.message}\n" for warning in caught))
-    return model.to(device_of(args.device)).eval()
+    model = model.to(device_of(args.device)).eval()
+    return model.quantize_int8() if args.precision == INT8 else model
 
 
 def device_of(name: str) -> torch.device:

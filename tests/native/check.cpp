@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "gather.h"
+#include "int8.h"
 #include "pack.h"
 #include "sampler.h"
 #include "ted.h"
@@ -362,6 +363,70 @@ void check_teds() {
   }
 }
 
+// A pass over a product with everything in it, against plain loops; then rows with NaN and infinity.
+void check_int8(int64_t rows, int64_t width, mmfast::Gelu gelu, bool normed, int threads, int widest) {
+  std::vector<int32_t> product(rows * width);
+  std::vector<float> row_scale(rows), scale(width), bias(width), residual(rows * width), total(rows * width);
+  std::vector<float> weight(width), shift(width), out_scale(rows);
+  std::vector<int8_t> out(rows * width, -128);
+  for (int64_t i = 0; i < rows * width; ++i) {
+    product[i] = static_cast<int32_t>(i * 7919 % 4001 - 2000);
+    residual[i] = static_cast<float>(i * 31 % 17 - 8) / 8.0f;
+  }
+  for (int64_t r = 0; r < rows; ++r) row_scale[r] = 0.01f + 0.001f * static_cast<float>(r % 7);
+  for (int64_t c = 0; c < width; ++c) {
+    scale[c] = 0.05f + 0.01f * static_cast<float>(c % 5);
+    bias[c] = static_cast<float>(c % 9) / 4.0f - 1.0f;
+    weight[c] = 1.0f + 0.1f * static_cast<float>(c % 3);
+    shift[c] = 0.1f * static_cast<float>(c % 4);
+  }
+  mmfast::Int8Pass pass{rows, width, product.data(), row_scale.data(), scale.data(), bias.data(), nullptr,
+                        residual.data(), total.data(), gelu, normed ? weight.data() : nullptr,
+                        normed ? shift.data() : nullptr, 1e-6f, out.data(), out_scale.data()};
+  mmfast::int8_pass(pass, threads, widest);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<double> x(width);
+    double mean = 0.0, squares = 0.0, most = 0.0;
+    for (int64_t c = 0; c < width; ++c) {
+      x[c] = double{row_scale[r]} * scale[c] * product[r * width + c] + bias[c] + residual[r * width + c];
+      EXPECT(std::abs(total[r * width + c] - x[c]) < 1e-5);
+      if (gelu == mmfast::Gelu::erf) x[c] *= 0.5 * std::erfc(-x[c] / std::sqrt(2.0));
+      if (gelu == mmfast::Gelu::quick) x[c] /= 1.0 + std::exp(-1.702 * x[c]);
+      mean += x[c] / width;
+    }
+    for (const double v : x) squares += (v - mean) * (v - mean) / width;
+    for (int64_t c = 0; c < width; ++c) {
+      if (normed) x[c] = (x[c] - mean) / std::sqrt(squares + 1e-6) * weight[c] + shift[c];
+      most = std::max(most, std::abs(x[c]));
+    }
+    EXPECT(std::abs(out_scale[r] - most / 127.0) < 1e-6 * most);
+    for (int64_t c = 0; c < width; ++c) {
+      EXPECT(out[r * width + c] > -128 && std::abs(x[c] / out_scale[r] - out[r * width + c]) < 0.501);
+    }
+  }
+  if (rows == 0) return;
+  residual[0] = NAN;
+  residual[(rows - 1) * width] = rows > 1 ? -INFINITY : NAN;
+  pass.total = residual.data();
+  mmfast::int8_pass(pass, threads, widest);
+  EXPECT(std::isnan(out_scale[0]) && std::isnan(out_scale[rows - 1]) && out[width - 1] == 0);
+  EXPECT(rows < 3 || !std::isnan(out_scale[1]));
+  pass.width = width + 1;
+  EXPECT(refuses([&] { mmfast::int8_pass(pass, threads, widest); }));
+}
+
+void check_int8s() {
+  for (const int widest : {16, 32, 64}) {
+    for (const int threads : {1, 3}) {
+      check_int8(1, 16, mmfast::Gelu::none, true, threads, widest);
+      check_int8(33, 48, mmfast::Gelu::erf, false, threads, widest);
+      check_int8(3, 1552, mmfast::Gelu::quick, true, threads, widest);
+      check_int8(301, 400, mmfast::Gelu::erf, true, threads, widest);
+      check_int8(0, 32, mmfast::Gelu::none, false, threads, widest);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -371,11 +436,13 @@ int main() {
   check_union();
   check_attentions();
   check_teds();
+  check_int8s();
   // Callers on several threads at once, each with threads of its own.
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([] {
       check_gather<uint8_t, float>(3, 2, 16, true, true, 2);
+      check_int8(301, 400, mmfast::Gelu::erf, true, 2, 64);
       check_attention({0, 49, 97}, {0, 3, 120}, 64, true, 2, 64);
       EXPECT(sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 2) == sample({1, 2, 3}, 2, 2, 300, 150, 5, true, 1));
     });
