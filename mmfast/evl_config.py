@@ -80,6 +80,13 @@ class EVLConfig:
         return self.backbone.vision_depth if isinstance(self.backbone, CLIPConfig) else self.backbone.depth
 
     @property
+    def video_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the videos it is for; a MaskedViT's time slot is a tubelet of frames."""
+        b = self.backbone
+        tubelet = 1 if isinstance(b, CLIPConfig) else b.tubelet_size
+        return self.num_frames * tubelet, self.grid[0] * b.patch_size, self.grid[1] * b.patch_size
+
+    @property
     def decoder_mlp_dim(self) -> int:
         """Width of the hidden layer of the decoder's MLPs."""
         return round(self.decoder_mlp_ratio * self.width)

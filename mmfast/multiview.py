@@ -2,8 +2,9 @@
 
     p(y | clip) = 1/V  sum_v  softmax(score_y(view v))      V parts in time times crops, perhaps each under several tube masks
 
-A score is a logit of the class head (MaskedViT, M2CLIP), or class_scale times the cosine with a class's text (M2CLIP, CLIP). What
-of it takes pixels goes into shards first, shared out over ranks and taken up again where it was killed; texts come after.
+A score is a logit of the class head (MaskedViT, EVL, M2CLIP), or class_scale times the cosine with a class's text (M2CLIP,
+CLIP). What of it takes pixels goes into shards first, shared out over ranks and taken up again where it was killed; texts come
+after.
 """
 
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 from .clip import CLIP
 from .data.views import ViewClips
 from .ensemble import micro_batch_size, run_in_micro_batches
+from .evl import EVL
 from .extract import PRECISIONS, Report, autocast, one_of, run_sharded, weights_fingerprint
 from .m2clip import M2CLIP
 from .m2clip_losses import class_cosines
@@ -25,7 +27,7 @@ from .masks import Grid, Pack, kept_per_slot, sample_pack
 from .shards import ShardReader
 from .vit import MaskedViT, video_grid
 
-Model = MaskedViT | M2CLIP | CLIP
+Model = MaskedViT | M2CLIP | CLIP | EVL
 _CHUNK = 256  # clips scored against texts at a time
 
 
@@ -89,11 +91,11 @@ def encode_views(
         raise ValueError(f"masks must be 1 where mask_ratio is 0: nothing tells them apart, got {masks}")
     if without_adapters and not isinstance(model, M2CLIP):
         raise ValueError(f"without_adapters is of an M2CLIP; a {type(model).__name__} has no adapters to leave out")
-    if isinstance(model, MaskedViT):
-        if not model.config.num_classes:
-            raise ValueError("the model has no classes (num_classes=0), so there is nothing to score")
-        if model.config.in_chans != 3:
-            raise ValueError(f"views are of RGB; the model takes {model.config.in_chans} channels")
+    if isinstance(model, MaskedViT) and not model.config.num_classes:
+        raise ValueError("the model has no classes (num_classes=0), so there is nothing to score")
+    seen = model.backbone if isinstance(model, EVL) else model
+    if isinstance(seen, MaskedViT) and seen.config.in_chans != 3:
+        raise ValueError(f"views are of RGB; the model takes {seen.config.in_chans} channels")
     amp = one_of("precision", precision, PRECISIONS)
     device = next(iter(model.parameters())).device
     views = clips.clips * clips.crops
@@ -174,7 +176,7 @@ class ViewScores:
         return self._reader.failed
 
     def by_class(self, ids: Sequence[int]) -> Tensor:
-        """Probabilities of the class head, fp32 [C, K]: of an M2CLIP or MaskedViT."""
+        """Probabilities of the class head, fp32 [C, K]: of an M2CLIP, MaskedViT or EVL."""
         return self._reader.rows("probabilities", ids)
 
     def by_text(self, ids: Sequence[int], texts: Tensor, scale: float = 100.0, *, adapters: bool = True) -> Tensor:
@@ -279,7 +281,7 @@ def adapters_off(model: Model, *, vision: bool = False, text: bool = False) -> I
 
 def _look(model: Model, video: Tensor, pack: Pack | None) -> Tensor:
     """All that a model finds in views: [S, K + E], class logits and features in the space of texts, where it has them."""
-    if isinstance(model, MaskedViT):
+    if isinstance(model, (MaskedViT, EVL)):
         return model(video, pack)
     if isinstance(model, CLIP):
         return model.encode_image(video, pack).mean(-2)
@@ -292,7 +294,7 @@ def _named(model: Model, found: Tensor) -> dict[str, Tensor]:
     classes = 0 if isinstance(model, CLIP) else model.config.num_classes
     logits, features = found.split((classes, found.shape[-1] - classes), -1)
     kept = {"probabilities": logits.softmax(-1).mean(1)} if classes else {}
-    return kept if isinstance(model, MaskedViT) else kept | {"features": features.contiguous()}
+    return kept if isinstance(model, (MaskedViT, EVL)) else kept | {"features": features.contiguous()}
 
 
 class _Channels:
@@ -307,7 +309,7 @@ class _ViewShape:
 
     def grid(self, pixels: Tensor) -> Grid:
         """The grid of one view, [B, 3, F, H, W]."""
-        if isinstance(self.model, MaskedViT):
+        if isinstance(self.model, (MaskedViT, EVL)):
             return self.model.check_video(pixels)
         config = self.model.config.clip if isinstance(self.model, M2CLIP) else self.model.config
         return video_grid(pixels, 3, 1, config.patch_size)

@@ -8,6 +8,7 @@ so with no steps at all the result is the logistic head's.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +54,22 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden must be at least 1, or None, got {self.hidden}")
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {self.steps}")
-        for name, value, allowed in (
-            ("lr", self.lr, self.lr > 0),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0),
-            ("C", self.C, self.C > 0),
-        ):
-            if not (allowed and value < float("inf")):
-                raise ValueError(
-                    f"{name} must be finite and {'at least' if name == 'weight_decay' else 'above'} 0, got {value}"
-                )
+        check_training(self)
+
+
+def check_training(how: Any) -> None:
+    """ValueError for steps, lr, weight_decay or C of an adaptation out of range."""
+    if how.steps < 0:
+        raise ValueError(f"steps must be at least 0, got {how.steps}")
+    for name, value, allowed in (
+        ("lr", how.lr, how.lr > 0),
+        ("weight_decay", how.weight_decay, how.weight_decay >= 0),
+        ("C", how.C, how.C > 0),
+    ):
+        if not (allowed and value < float("inf")):
+            raise ValueError(
+                f"{name} must be finite and {'at least' if name == 'weight_decay' else 'above'} 0, got {value}"
+            )
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,12 +158,7 @@ class FewShotAdapter:
     def _first_head(
         self, video: Tensor, ids: Tensor, labels: Tensor, views: int, mask_ratio: float, seed: int, dtype: Any
     ) -> tuple[Tensor, Tensor]:
-        features = encode_clips(self.model, video, ids, views, mask_ratio, seed, dtype)  # [S, V, D]
-        each = labels.to(features.device).repeat_interleave(views)
-        with few_threads(features.device, features.numel() * len(features)):
-            fitted = LogisticRegression(self.how.C / views).fit(features.flatten(0, 1)[None], each[None])
-        bias = fitted.bias[0] - fitted.weight[0] @ fitted.centre[0]
-        return fitted.weight[0].float(), bias.float()
+        return logistic_start(encode_clips(self.model, video, ids, views, mask_ratio, seed, dtype), labels, self.how.C)
 
     def _group(self, head: list[nn.Parameter]) -> dict[str, Any]:
         return {"name": "head", "params": head, "weight_decay": 0.0, "lr_scale": 1.0, "lr": self.how.lr}
@@ -194,16 +195,53 @@ def evaluate_adapted(
     """
     tuned = FewShotAdapter(model, how, seed)
     check_views(tuned.model, views, mask_ratio)
+
+    def one(support: tuple[Tensor, Tensor, Tensor], query: tuple[Tensor, Tensor], own: int) -> Tensor:
+        weight, bias = tuned.fit(*support, views, mask_ratio, own, dtype)
+        queries = encode_clips(tuned.model, *query, views, mask_ratio, own, dtype)
+        return F.linear(queries, weight, bias).softmax(-1).mean(1)
+
+    return evaluate_each(one, dataset, episodes, seed, modality=modality, num_workers=num_workers, progress=progress)
+
+
+# -- what every adaptation needs -----------------------------------------------------------------------------------
+
+
+def logistic_start(features: Tensor, labels: Tensor, C: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The head that training starts from, fp32 weight [n_way, D] and bias [n_way]: LogisticRegression's optimum on all views.
+
+    features: [S, V, D]. labels: int64 [S], each of 0..n_way-1. The V views of a clip weigh as one clip.
+    """
+    views = features.shape[1]
+    each = labels.to(features.device).repeat_interleave(views)
+    with few_threads(features.device, features.numel() * len(features)):
+        fitted = LogisticRegression(C / views).fit(features.flatten(0, 1)[None], each[None])
+    bias = fitted.bias[0] - fitted.weight[0] @ fitted.centre[0]
+    return fitted.weight[0].float(), bias.float()
+
+
+def evaluate_each(
+    one: Callable[[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], int], Tensor],
+    dataset: Any,
+    episodes: Episodes,
+    seed: int = 0,
+    *,
+    modality: str = "rgb",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> EpisodeResult:
+    """Accuracy on each episode of what `one` makes of it: (supports' pixels, ids, labels), (queries' pixels, ids), a seed.
+
+    one: returns the queries' class probabilities, [N*Q, N]. The seed is a function of (seed, the episode's number).
+    """
     drawn = clips_of_episodes(dataset, episodes, modality, num_workers)
     numbers, correct = [], []
     with tqdm(total=len(episodes), unit="episode", desc="adapting", disable=not progress) as bar:
         for part in episodes.batches(1):
             ids, video = next(drawn)
             shots, own = part.support.shape[1], own_seed(seed, int(part.number[0]))
-            given = video[:shots], ids[:shots], part.support_labels[0]
-            weight, bias = tuned.fit(*given, views, mask_ratio, own, dtype)
-            queries = encode_clips(tuned.model, video[shots:], ids[shots:], views, mask_ratio, own, dtype)
-            probabilities = F.linear(queries, weight, bias).softmax(-1).mean(1)
+            support = video[:shots], ids[:shots], part.support_labels[0]
+            probabilities = one(support, (video[shots:], ids[shots:]), own)
             numbers.append(part.number)
             correct.append(count_correct(probabilities[None], part))
             bar.update()

@@ -26,12 +26,11 @@ from .data.manifest import folder_manifest, read_manifest
 from .data.records import ClipRecord
 from .data.video import find_videos
 from .extract import (
-    PRECISIONS,
     Report,
+    amp_of,
     autocast,
     encoder,
     encoding_settings,
-    one_of,
     run_sharded,
 )
 from .loading import Clips, Encoder, describe, loaded_batches
@@ -151,7 +150,7 @@ def predict(
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}")
     kept_per_slot(model.config.grid, mask_ratio)
-    amp = one_of("precision", precision, PRECISIONS)
+    amp = amp_of(model, precision)
     clips = _collection(model, videos, modality, stride, resize, labelled=False)
     settings = encoding_settings(model, views, mask_ratio, seed, modality, precision)
     settings["about"] = {"stride": stride, "resize": resize}

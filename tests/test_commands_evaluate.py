@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from command_runs import MAIN, run, write_checkpoint, write_labelled
+from fit_clip_makers import write_clip_model
 
+from mmfast import EVL
 from mmfast.vit import MaskedViT
 
 PROTOCOL = ("--n-way", 3, "--n-query", 3, "--episodes", 20, "--quiet")
@@ -70,6 +72,40 @@ def test_evaluate_with_adapters_trained_on_the_supports(checkpoint: Path, labell
     assert not list(tmp_path.glob("*.features"))
 
 
+@pytest.mark.parametrize("start", ["fresh", "decoder", "folder", "clip"])
+def test_evaluate_with_a_decoder_trained_on_the_supports(
+    start: str, checkpoint: Path, labelled: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out, where, more = tmp_path / "e.json", checkpoint, []
+    evl = EVL.from_pretrained(None, checkpoint, num_layers=2, num_classes=7)
+    if start == "decoder":
+        evl.save_decoder(tmp_path / "decoder.pth")
+        more = ["--decoder", tmp_path / "decoder.pth"]
+    elif start == "folder":
+        where = tmp_path / "evl"
+        evl.save_pretrained(where)
+    elif start == "clip":
+        where, more = write_clip_model(tmp_path / "clip"), ["--num-frames", 4, "--decoder-temporal", "positions"]
+    arguments = ("--checkpoint", where, "--out", out, "--k-shot", 1, "--head", "evl", *PROTOCOL, "--episodes", 3)
+    assert run("evaluate", labelled, *arguments, *more, "--decoder-steps", 2, "--decoder-lr", 1e-4) == 0
+    about = json.loads(out.read_text())
+    assert about["results"][0]["accuracy"] > 0.8
+    assert about["settings"]["adaptation"]["steps"] == 2
+    assert about["settings"]["mask_ratio"] == 0.75
+    assert "evl head" in capsys.readouterr().out
+
+
+def test_evaluate_with_a_decoder_and_no_steps_is_the_logistic_head(
+    checkpoint: Path, labelled: Path, tmp_path: Path
+) -> None:
+    arguments = ("--checkpoint", checkpoint, "--k-shot", 1, "--views", 1, *PROTOCOL, "--episodes", 4)
+    assert run("evaluate", labelled, *arguments, "--out", tmp_path / "a.json", "--fresh") == 0
+    none = ("--head", "evl", "--decoder-steps", 0)
+    assert run("evaluate", labelled, *arguments, "--out", tmp_path / "b.json", *none) == 0
+    results = [json.loads((tmp_path / name).read_text())["results"] for name in ("a.json", "b.json")]
+    assert results[0] == results[1]
+
+
 def test_two_processes_share_clips_and_episodes_and_give_the_table_of_one(
     checkpoint: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +152,19 @@ def test_evaluate_refuses_classes_that_are_too_small_by_name(
         (["STORE", "--views", "3"], "views must lie in 1..2"),
         (["STORE", "--fresh"], "holds features only"),
         (["STORE", "--head", "ted"], "trains on clips, and"),
+        (["STORE", "--head", "evl"], "--head evl trains on clips, and"),
+        (
+            ["LABELLED", "--checkpoint", "CHECKPOINT", "--decoder", "d.pth"],
+            "--decoder and --interpolate are of --head evl",
+        ),
+        (
+            ["LABELLED", "--checkpoint", "CHECKPOINT", "--head", "evl", "--adaptive"],
+            "--head evl trains on the supports of every episode: it takes neither",
+        ),
+        (
+            ["LABELLED", "--checkpoint", "CHECKPOINT", "--head", "evl", "--k-shot", "1", "--decoder-layers", "3"],
+            "num_layers must be at most 2",
+        ),
         (
             ["LABELLED", "--checkpoint", "CHECKPOINT", "--head", "ted", "--fresh"],
             "takes neither --adaptive nor --fresh",

@@ -3,18 +3,22 @@
 import argparse
 import io
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..checkpoints import export_config, export_mae_state, export_state, load_pretrained
+from ..checkpoints.clip import open_clip_source
+from ..checkpoints.evl import is_evl
 from ..checkpoints.export import EXPORTS, MAE_EXPORTS
 from ..config import MAEConfig, ViTConfig
+from ..evl import EVL
 from ..shards import write_aside
 from . import common
 
-NATIVE = "mmfast"
+NATIVE, DECODER = "mmfast", "evl"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,13 +32,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--to",
         default=NATIVE,
-        choices=(NATIVE, *EXPORTS, *MAE_EXPORTS),
+        choices=(NATIVE, *EXPORTS, *MAE_EXPORTS, DECODER),
         metavar="DIALECT",
-        help=f"{NATIVE} (default), {', '.join(EXPORTS)}; of a pre-training model {', '.join(MAE_EXPORTS)}",
+        help=f"{NATIVE} (default), {', '.join(EXPORTS)}; of a pre-training model {', '.join(MAE_EXPORTS)}; of an EVL {DECODER}, "
+        "its decoder alone",
     )
     p.add_argument("--branch", help="of an MM-CDFSL checkpoint; by default the student of a distillation")
     p.add_argument("--classifier", metavar="HEAD", help="action, verb or noun, of an MM-CDFSL checkpoint")
     p.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell")
+    p.add_argument("--backbone", metavar="PATH", help="a CLIP or MaskedViT, where CHECKPOINT is EVL's decoder alone")
     p.add_argument("--force", action="store_true", help="write over what is there")
     return p
 
@@ -46,19 +52,40 @@ def main(argv: list[str]) -> int:
     taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if taken and not args.force:
         raise ValueError(f"out {str(out)!r} is there already; --force writes over it")
-    model = load_pretrained(args.checkpoint, branch=args.branch, head=args.classifier, num_heads=args.num_heads)
+    model = _loaded(args)
     config = model.config
     common.say(str(model.load_report))
     if args.to == NATIVE:
         model.save_pretrained(out)
-    elif isinstance(config, MAEConfig):
+    elif isinstance(model, EVL):
+        _write_decoder(out, model, args.to)
+    elif isinstance(config, MAEConfig) and args.to != DECODER:
         _write(out, export_mae_state(model.state_dict(), config, args.to), args.to, config)
-    elif isinstance(config, ViTConfig):
+    elif isinstance(config, ViTConfig) and args.to != DECODER:
         _write(out, export_state(model.state_dict(), config, args.to), args.to, config)
     else:
         raise ValueError(f"--to must be {NATIVE} for a {type(model).__name__}, got {args.to!r}")
     common.say(f"written to {out} as {args.to}")
     return 0
+
+
+def _loaded(args: argparse.Namespace) -> Any:
+    """The model of the arguments, with its load report."""
+    if args.backbone is None:
+        return load_pretrained(args.checkpoint, branch=args.branch, head=args.classifier, num_heads=args.num_heads)
+    source = open_clip_source(args.checkpoint)
+    if not is_evl(source):
+        raise ValueError(f"backbone is for EVL's decoder alone, and {args.checkpoint} is something else")
+    return EVL.from_pretrained(source, args.backbone, num_heads=args.num_heads)
+
+
+def _write_decoder(out: Path, model: EVL, dialect: str) -> None:
+    if dialect != DECODER:
+        raise ValueError(f"--to must be {NATIVE} or {DECODER} for an EVL, got {dialect!r}")
+    if out.is_dir():
+        raise ValueError(f"out must be a file for {DECODER}, {str(out)!r} is a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model.save_decoder(out)
 
 
 def _write(out: Path, state: dict[str, Tensor], dialect: str, config: ViTConfig) -> None:

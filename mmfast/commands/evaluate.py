@@ -10,11 +10,12 @@ import torch
 
 from ..adaptive import AdaptiveResult, calibrate_threshold, evaluate_adaptive, support_probabilities
 from ..episodes import EpisodeResult, Episodes, evaluate_episodes, evaluate_fresh
-from ..extract import PRECISIONS
+from ..extract import INT8, PRECISIONS
 from ..peft import Adaptation, evaluate_adapted
 from ..shards import place_in_world, write_aside
-from . import common
+from . import common, evl_head
 from .features import (
+    EVL,
     HEADS,
     TED,
     Features,
@@ -28,6 +29,7 @@ from .features import (
     together,
 )
 
+TRAINED = (TED, EVL)
 PROTOCOLS = ("episodes", "multiview", "zero-shot")
 
 
@@ -56,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--fresh", action="store_true", help="encode every episode anew under masks of its own: as published"
     )
-    add_episodes(p, (*HEADS, TED))
+    add_episodes(p, (*HEADS, *TRAINED))
     _add_adapters(p)
+    evl_head.add_arguments(p)
     common.add_model(p, required=False)
     for add in (common.add_masks, common.add_clips, common.add_work):
         add(p)
@@ -76,12 +79,20 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"agreement must lie in [0, 1], got {args.agreement}")
     if args.adaptive and args.fresh:
         raise ValueError("adaptive ensembles read stored features; --fresh keeps none")
-    if args.head == TED and (args.adaptive or args.fresh):
-        raise ValueError("--head ted trains on the supports of every episode: it takes neither --adaptive nor --fresh")
+    if args.head in TRAINED and (args.adaptive or args.fresh):
+        raise ValueError(
+            f"--head {args.head} trains on the supports of every episode: it takes neither --adaptive nor --fresh"
+        )
+    if args.head in TRAINED and args.precision == INT8:
+        raise ValueError(
+            f"--head {args.head} trains on the supports of every episode: it does not take --precision int8"
+        )
+    if args.head != EVL and (args.decoder is not None or args.interpolate):
+        raise ValueError(f"--decoder and --interpolate are of --head evl, got --head {args.head}")
     with together():
         if is_store(args.data):
-            if args.head == TED:
-                raise ValueError(f"--head ted trains on clips, and {args.data} holds features only")
+            if args.head in TRAINED:
+                raise ValueError(f"--head {args.head} trains on clips, and {args.data} holds features only")
             if args.fresh:
                 raise ValueError(f"--fresh encodes clips anew, and {args.data} holds features only")
             found = stored(args.data, args.views)
@@ -91,6 +102,9 @@ def main(argv: list[str]) -> int:
                 raise ValueError(
                     f"{args.data} holds no extracted features, so --checkpoint is needed to encode its clips"
                 )
+            if args.head == EVL:
+                evl, clips = evl_head.load(args)
+                return _finish(args, [_evl_row(args, evl, clips, k) for k in args.k_shot], _settings(args), {})
             model = common.load_model(args)
             clips, stride = clips_of(args, model)
             if args.fresh or args.head == TED:
@@ -160,7 +174,7 @@ def _fresh_row(args: argparse.Namespace, model: Any, clips: Any, k_shot: int) ->
     mine = episodes_of(args, labels, k_shot).shard(*place_in_world())
     result = evaluate_fresh(
         model, clips, mine, args.views, args.mask_ratio, args.seed, head=head_of(args.head), modality=args.modality,
-        dtype=PRECISIONS[args.precision], progress=not args.quiet,
+        dtype=PRECISIONS.get(args.precision), progress=not args.quiet,
     )  # fmt: skip
     return {"n_way": args.n_way, "k_shot": k_shot, **as_row(result.gather())}
 
@@ -173,6 +187,10 @@ def _adapted_row(args: argparse.Namespace, model: Any, clips: Any, k_shot: int) 
         dtype=PRECISIONS[args.precision], progress=not args.quiet,
     )  # fmt: skip
     return {"n_way": args.n_way, "k_shot": k_shot, **as_row(result.gather())}
+
+
+def _evl_row(args: argparse.Namespace, model: evl_head.Backbone, clips: Any, k_shot: int) -> dict[str, Any]:
+    return {"n_way": args.n_way, "k_shot": k_shot, **as_row(evl_head.score(args, model, clips, k_shot))}
 
 
 def _add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -205,7 +223,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in names}
     if args.head == TED:
         chosen["adaptation"] = asdict(_adaptation(args))
-    return chosen | ({"mask_ratio": args.mask_ratio, "seed": args.seed} if args.fresh or args.head == TED else {})
+    if args.head == EVL:
+        chosen |= {"decoder": args.decoder, "adaptation": asdict(evl_head.adaptation(args))}
+    fresh = args.fresh or args.head in TRAINED
+    return chosen | ({"mask_ratio": args.mask_ratio, "seed": args.seed} if fresh else {})
 
 
 def _finish(

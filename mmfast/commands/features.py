@@ -22,7 +22,7 @@ from ..vit import MaskedViT
 from . import common
 
 HEADS = ("logistic", "prototype", "ridge")
-TED = "ted"  # trains adapters with the head, so it needs the clips themselves
+TED, EVL = "ted", "evl"  # train adapters or a decoder with the head, so they need the clips themselves
 
 
 @dataclass

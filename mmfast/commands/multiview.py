@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..clip import CLIP
+from ..evl import EVL
+from ..m2clip import M2CLIP
 from ..multiview import Accuracy, Model, ViewScores, text_features, text_scale
-from ..vit import MaskedViT
 from . import common
 from .features import together
 from .views import encoded, finish, lists_of, load, names_of, prompts_of, readable, view_parser
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
             if max(labels) >= classes:
                 raise ValueError(f"label {max(labels)} stands in the data, the model has {classes} classes")
         token_ids = None  # made before hours of encoding, lest the vocabulary be refused behind them
-        if "text" in kinds and names is not None and not isinstance(model, MaskedViT):
+        if "text" in kinds and names is not None and isinstance(model, (M2CLIP, CLIP)):
             token_ids = prompts_of(args, model, names)
         found, failed = encoded(args, model, clips, without_adapters=False)
         if common.first_rank():
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
                     probabilities = found.by_class(ids)
                 else:
                     assert token_ids is not None
-                    assert not isinstance(model, MaskedViT)
+                    assert isinstance(model, (M2CLIP, CLIP))
                     probabilities = found.by_text(ids, text_features(model, token_ids), text_scale(model))
                 rows.append({"scores": kind, **asdict(Accuracy.of(probabilities, torch.tensor(labels)))})
             _say(args, found, rows)
@@ -59,13 +60,13 @@ def main(argv: list[str]) -> int:
 def _kinds(args: argparse.Namespace, model: Model, names: Sequence[str] | None) -> list[str]:
     able = {
         "class": not isinstance(model, CLIP) and model.config.num_classes > 0,
-        "text": not isinstance(model, MaskedViT) and names is not None,
+        "text": isinstance(model, (M2CLIP, CLIP)) and names is not None,
     }
     kinds = list(dict.fromkeys(args.scores or [kind for kind in KINDS if able[kind]]))
     if "class" in kinds and not able["class"]:
         raise ValueError(f"--scores class: this {type(model).__name__} has no class head")
-    if "text" in kinds and isinstance(model, MaskedViT):
-        raise ValueError("--scores text: a MaskedViT knows no texts")
+    if "text" in kinds and not isinstance(model, (M2CLIP, CLIP)):
+        raise ValueError(f"--scores text: {'an EVL' if isinstance(model, EVL) else 'a MaskedViT'} knows no texts")
     if not kinds or ("text" in kinds and names is None):
         raise ValueError("scores by the texts of classes need --labels, their names")
     return kinds

@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from ..checkpoints.clip import open_clip_source
+from ..evl_ensemble import EVLEnsemble
 from ..predict import predict
 from . import common
 from .features import HEADS, head_of
+from .views import add_decoder, load_evl
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, default=5, help="classes named in a row (default: %(default)s)")
     for add in (common.add_model, common.add_masks, common.add_clips):
         add(p)
+    add_decoder(p.add_argument_group("EVL"))
     common.add_work(p, batch=16)
     return p
 
@@ -35,7 +40,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.head is not None and args.support is None:
         raise ValueError("--head is for --support: without it the checkpoint's own classifier predicts")
-    model = common.load_model(args)
+    evl = load_evl(args, open_clip_source(args.checkpoint), args.num_heads)
+    model: Any = common.load_model(args) if evl is None else EVLEnsemble(evl)
     classes = common.read_names(args.classes) if args.classes else None
     if classes is None and args.support is None:
         classes = common.names_beside(Path(args.checkpoint), model.config.num_classes)

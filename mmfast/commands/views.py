@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.clip import is_clip, load_pretrained_clip, open_clip_source
+from ..checkpoints.container import Source
+from ..checkpoints.evl import is_evl, load_pretrained_evl
 from ..checkpoints.m2clip import is_m2clip, load_pretrained_m2clip
+from ..checkpoints.native import FORMAT
 from ..clip import CLIP
 from ..data.captions import TEMPLATE, class_prompts
 from ..data.manifest import folder_manifest, read_manifest
@@ -20,11 +23,11 @@ from ..data.records import ClipRecord
 from ..data.tokenizer import ClipTokenizer
 from ..data.video_lists import FRAME, read_video_list
 from ..data.views import ViewClips
+from ..evl import EVL
 from ..m2clip import M2CLIP
 from ..multiview import Model, ViewScores, encode_views
 from ..predict import MANIFESTS
 from ..shards import write_aside
-from ..vit import MaskedViT
 from . import common
 
 Splits = dict[str, tuple[list[int], list[int]]]  # name -> clip ids, and their class numbers
@@ -68,18 +71,40 @@ def view_parser(protocol: str, about: str, several: bool) -> argparse.ArgumentPa
     group.add_argument("--adapters", metavar="FILE", help="M2-CLIP's adapters on the CLIP of --checkpoint")
     group.add_argument("--vision-num-heads", type=int, help="where the file cannot tell")
     group.add_argument("--text-num-heads", type=int, help="where the file cannot tell")
+    group = p.add_argument_group("EVL")
+    group.add_argument("--decoder", metavar="FILE", help="EVL's decoder and head on the backbone of --checkpoint")
+    group.add_argument(
+        "--interpolate",
+        action="store_true",
+        help="resize its positions and tables to --num-frames and the backbone's grid",
+    )
     common.add_work(p, batch=8)
     return p
+
+
+def add_decoder(group: Any) -> None:
+    """--decoder and --interpolate, of load_evl."""
+    group.add_argument("--decoder", metavar="FILE", help="EVL's decoder, on the backbone of --checkpoint")
+    group.add_argument(
+        "--interpolate",
+        action="store_true",
+        help="resize its positions and tables to --num-frames and the backbone's grid",
+    )
 
 
 # -- model, classes, clips ---------------------------------------------------------------------------------------------
 
 
 def load(args: argparse.Namespace) -> Model:
-    """A classifier, an M2CLIP or a CLIP, in eval mode; its load report goes to stderr."""
+    """A classifier, an EVL, an M2CLIP or a CLIP, in eval mode; its load report goes to stderr."""
     source = open_clip_source(args.checkpoint)
     heads = {"vision_num_heads": args.vision_num_heads, "text_num_heads": args.text_num_heads}
+    if args.adapters is not None and (args.decoder is not None or is_evl(source)):
+        raise ValueError("--adapters is of an M2CLIP; an EVL has --decoder")
+    evl = load_evl(args, source, args.vision_num_heads or args.num_heads)
     model: Model
+    if evl is not None:
+        return evl
     if args.adapters is not None or is_m2clip(source):
         model, report = load_pretrained_m2clip(source, args.adapters, num_frames=args.num_frames, **heads)
     elif is_clip(source):
@@ -88,6 +113,31 @@ def load(args: argparse.Namespace) -> Model:
         return common.load_model(args)
     if common.first_rank():
         sys.stderr.write(f"{args.checkpoint}: {report}\n")
+    return model.to(common.device_of(args.device)).eval()
+
+
+def load_evl(args: argparse.Namespace, source: Source, num_heads: int | None = None) -> EVL | None:
+    """The EVL of --checkpoint, or --decoder on it as the backbone, as `load` gives models; None where there is no decoder.
+
+    source: --checkpoint, opened. num_heads: of a backbone that cannot tell.
+    """
+    own = is_evl(source)
+    if not own and args.decoder is None:
+        if args.interpolate:
+            raise ValueError("--interpolate is of an EVL, and there is no --decoder")
+        return None
+    if own and (source.config or {}).get("format") != FORMAT:
+        raise ValueError(
+            f"{args.checkpoint}: is EVL's decoder alone; give it as --decoder, its backbone as --checkpoint"
+        )
+    if own and args.decoder is not None:
+        raise ValueError(f"{args.checkpoint}: is an EVL with a decoder; --decoder goes on a CLIP or a MaskedViT")
+    how: dict[str, Any] = dict(interpolate=args.interpolate, num_frames=args.num_frames)
+    given = (source,) if own else (args.decoder, source)
+    model, report = load_pretrained_evl(*given, num_heads=None if own else num_heads, **how)
+    if common.first_rank():
+        where = args.checkpoint if own else f"{args.decoder} on {args.checkpoint}"
+        sys.stderr.write(f"{where}: {report}\n")
     return model.to(common.device_of(args.device)).eval()
 
 
@@ -226,13 +276,15 @@ def _key(name: str) -> str:
 def _frames_of(args: argparse.Namespace, model: Model) -> int:
     if isinstance(model, CLIP):
         return 8 if args.num_frames is None else args.num_frames
+    if isinstance(model, EVL):
+        return model.config.video_size[0]
     return model.config.num_frames
 
 
 def _size_of(model: Model) -> int:
-    if not isinstance(model, MaskedViT):
-        return model.clip.config.image_size if isinstance(model, M2CLIP) else model.config.image_size
-    height, width = model.config.frame_size
+    if isinstance(model, (M2CLIP, CLIP)):
+        return (model.clip if isinstance(model, M2CLIP) else model).config.image_size
+    height, width = model.config.video_size[1:] if isinstance(model, EVL) else model.config.frame_size
     if height != width:
         raise ValueError(f"views are square, the model takes frames of {height} x {width}")
     return height

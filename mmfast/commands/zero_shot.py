@@ -5,6 +5,8 @@ from dataclasses import asdict
 from statistics import pstdev
 from typing import Any
 
+from ..clip import CLIP
+from ..m2clip import M2CLIP
 from ..multiview import ZeroShot, zero_shot
 from ..vit import MaskedViT
 from . import common
@@ -23,8 +25,9 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     with together():
         model = load(args)
-        if isinstance(model, MaskedViT):
-            raise ValueError("zero-shot needs a model that knows texts, a CLIP or an M2CLIP, got a MaskedViT")
+        if not isinstance(model, (M2CLIP, CLIP)):
+            kind = "a MaskedViT" if isinstance(model, MaskedViT) else "an EVL"
+            raise ValueError(f"zero-shot needs a model that knows texts, a CLIP or an M2CLIP, got {kind}")
         if args.labels is None:
             raise ValueError("zero-shot needs --labels, the names of the classes")
         names = common.read_names(args.labels)
