@@ -22,6 +22,7 @@ DIRECTIONS = ("leftwards", "rightwards", "upwards", "downwards")
 _WAYS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # x to the right, y down
 _COLOURS = {"red": (225, 45, 40), "green": (45, 190, 60), "blue": (50, 80, 230), "yellow": (235, 215, 50),
             "white": (240, 240, 240)}  # fmt: skip
+COLOURS = tuple(_COLOURS)
 _PLACES = ("left", "right", "top", "bottom", "middle")
 _LARGE = 0.335  # radius, in halves of the side, from which a shape is called large
 TEMPLATES = ("A photo of {}", "A video of {}")
@@ -77,7 +78,13 @@ def tokenizer() -> ClipTokenizer:
 
 def draw_clips(labels: Sequence[Label], seed: int) -> Tensor:
     """A clip for each label: uint8 [B, 3, F, H, W]."""
-    return _draw(labels, seed)[0]
+    return draw_coloured(labels, seed)[0]
+
+
+def draw_coloured(labels: Sequence[Label], seed: int) -> tuple[Tensor, Tensor]:
+    """The clips of draw_clips, and which of COLOURS each shape has, [B]."""
+    clips, _, _, colours = _draw(labels, seed)
+    return clips, colours
 
 
 def draw_stills(count: int, seed: int) -> tuple[Tensor, list[str]]:
