@@ -21,7 +21,6 @@ struct Lanes : Vectors<kBytes> {
   typedef int32_t Ints __attribute__((vector_size(kBytes)));
 };
 
-
 template <class M>
 MMFAST_INLINE float sum_of(const typename M::Floats& x) {
   float sum = 0.0f;

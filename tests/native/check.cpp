@@ -380,9 +380,21 @@ void check_int8(int64_t rows, int64_t width, mmfast::Gelu gelu, bool normed, int
     weight[c] = 1.0f + 0.1f * static_cast<float>(c % 3);
     shift[c] = 0.1f * static_cast<float>(c % 4);
   }
-  mmfast::Int8Pass pass{rows, width, product.data(), row_scale.data(), scale.data(), bias.data(), nullptr,
-                        residual.data(), total.data(), gelu, normed ? weight.data() : nullptr,
-                        normed ? shift.data() : nullptr, 1e-6f, out.data(), out_scale.data()};
+  mmfast::Int8Pass pass{rows,
+                        width,
+                        product.data(),
+                        row_scale.data(),
+                        scale.data(),
+                        bias.data(),
+                        nullptr,
+                        residual.data(),
+                        total.data(),
+                        gelu,
+                        normed ? weight.data() : nullptr,
+                        normed ? shift.data() : nullptr,
+                        1e-6f,
+                        out.data(),
+                        out_scale.data()};
   mmfast::int8_pass(pass, threads, widest);
   for (int64_t r = 0; r < rows; ++r) {
     std::vector<double> x(width);
