@@ -10,6 +10,7 @@ import torch
 
 _enabled = False
 _domain = None
+_OFF = nullcontext()
 
 
 def enable(on: bool = True) -> bool:
@@ -28,7 +29,7 @@ def enable(on: bool = True) -> bool:
 def range(name: str) -> AbstractContextManager[None]:
     """A range called `name` around the block."""
     if not _enabled or torch.compiler.is_compiling():
-        return nullcontext()
+        return _OFF
     return _range(name)
 
 
