@@ -312,6 +312,17 @@ def write_json(path: str | Path, content: Any) -> None:
         raise
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file.   ValueError for a file that is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return asdict(value)

@@ -85,7 +85,7 @@ def commit_of(facts: Mapping[str, Any]) -> str:
 def from_results(path: str | Path) -> Machine:
     """The machine that a result file, or a folder of run_all.py, was measured on.   ValueError where it has no ceilings."""
     path = Path(path)
-    file = path / "ceilings.json" if path.is_dir() else path
+    file = path / "results.json" if path.is_dir() else path
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -3,12 +3,14 @@
 bytes: each input read once and each output written once. flops: a multiply and an add are two.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import have_onednn
 from torch import Tensor
 from variants import forced_backends, relative_error
 
@@ -26,13 +28,16 @@ Inputs = Sequence[Any]
 
 @dataclass(frozen=True)
 class Op:
-    """providers and truth take the inputs that make() gives; "mmfast" and "torch" are always among the providers."""
+    """providers and truth take the inputs that make() gives; "mmfast" and "torch" are always among the providers.
+
+    Where truth gives several tensors, as gradients are, providers give as many, in any layout of their elements' order.
+    """
 
     name: str
     shape: str
     make: Callable[[], Inputs]
     providers: dict[str, Callable[..., Any]]
-    truth: Callable[..., Tensor]
+    truth: Callable[..., Any]
     bytes: int
     flops: int
 
@@ -44,7 +49,7 @@ class Op:
         errors, raised = {}, {}
         for name, provider in self.providers.items():
             try:
-                errors[name] = relative_error(first(provider(*inputs)), truth)
+                errors[name] = difference(provider(*inputs), truth)
             except Exception as error:  # a provider that cannot run here is reported, of whatever it dies
                 raised[name] = f"{type(error).__name__}: {(str(error) or ' ').splitlines()[0]}"
         return errors, raised
@@ -52,6 +57,13 @@ class Op:
     def allowed(self, errors: dict[str, float]) -> float:
         """Twice plain torch's own error, 1e-5 at least."""
         return max(1e-5, 2 * errors["torch"])
+
+
+def difference(result: Any, truth: Any) -> float:
+    """The largest relative error; NaN where there is one."""
+    pairs = [(first(result), truth)] if isinstance(truth, Tensor) else list(zip(result, truth, strict=True))
+    errors = [relative_error(got.reshape(right.shape), right) for got, right in pairs]
+    return float("nan") if any(error != error for error in errors) else max(errors)
 
 
 def first(result: Any) -> Tensor:
@@ -131,9 +143,13 @@ def gelu_op(b: Bench, ratio: int = 4) -> Op:
     if b.dtype != torch.float32:
         providers["mmfast, tanh"] = lambda x, w, c: linear_gelu(x, w, c, mode="tanh")
     providers["torch"] = plain
+    if b.dtype != torch.float32:
+        providers["torch, tanh"] = lambda x, w, c: F.gelu(F.linear(x, w, c), approximate="tanh")
     if b.device.type == "cuda" and b.dtype != torch.float32:
         # cuBLASLt's own epilogue, which is the usual tanh form.
         providers["_addmm_activation"] = lambda x, w, c: torch._addmm_activation(c, x, w.t(), use_gelu=True)
+    if b.device.type == "cpu" and have_onednn():
+        providers["torch, oneDNN"] = lambda x, w, c: torch.ops.mkldnn._linear_pointwise(x, w, c, "gelu", [], "none")
     providers |= b.compiled(plain)
     return Op(
         "linear_gelu",
@@ -147,34 +163,49 @@ def gelu_op(b: Bench, ratio: int = 4) -> Op:
 
 
 def attention_op(b: Bench) -> Op:
+    """Of a packed QKV product, as a model has it; "contiguous" kernels get q, k and v copied apart beforehand."""
     S, n, H, d = b.sequences, b.n, b.dim // 64, 64
 
-    def split(qkv: Tensor) -> list[Tensor]:
+    def make() -> Inputs:
+        qkv = b.random(S * n, 3 * b.dim)
+        return qkv, *(x.contiguous() for x in heads_first(qkv))
+
+    def heads_first(qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.view(S, n, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def packed(qkv: Tensor) -> list[Tensor]:
         return list(qkv.view(-1, 3, H, d).unbind(1))
 
-    def dense(attention: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(qkv: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(0, (S, n)).transpose(1, 2) for x in split(qkv))
-            return attention(q, k, v).transpose(1, 2).reshape(S * n, H, d)
+    def dense(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda qkv, *apart: attention(*heads_first(qkv)).transpose(1, 2).reshape(S * n, H, d)
 
-        return run
+    def contiguous(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda qkv, *apart: attention(*apart).transpose(1, 2)
 
-    def truth(qkv: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, (S, n)).transpose(1, 2).double() for x in split(qkv))
+    def truth(qkv: Tensor, *apart: Tensor) -> Tensor:
+        q, k, v = (x.double() for x in heads_first(qkv))
         outputs = [(a @ c.transpose(-2, -1) * d**-0.5).softmax(-1) @ e for a, c, e in zip(q, k, v, strict=True)]
-        return torch.stack(outputs).transpose(1, 2).reshape(S * n, H, d)
+        return torch.stack(outputs).transpose(1, 2)
 
-    providers: dict[str, Callable[..., Any]] = {"mmfast": lambda qkv: packed_attention(*split(qkv), length=n)}
-    providers["torch"] = dense(F.scaled_dot_product_attention)
+    providers: dict[str, Callable[..., Any]] = {
+        "mmfast": lambda qkv, *apart: packed_attention(*packed(qkv), length=n),
+        "torch": dense(F.scaled_dot_product_attention),
+        "torch, contiguous": contiguous(F.scaled_dot_product_attention),
+    }
     if b.device.type == "cuda":
-        providers["mmfast, triton"] = lambda qkv: packed_attention(*split(qkv), length=n, backend="triton")
-        providers |= {f"torch, {name}": dense(kernel) for name, kernel in forced_backends(b.dtype).items()}
-        starts = torch.arange(0, S * n + 1, n, dtype=torch.int32, device=b.device)
-        providers |= varlen(split, starts, n) if b.dtype != torch.float32 else {}
+        providers["mmfast, triton"] = lambda qkv, *apart: packed_attention(*packed(qkv), length=n, backend="triton")
+        for name, kernel in forced_backends(b.dtype).items():
+            providers[f"torch, {name}"] = dense(kernel)
+            providers[f"torch, {name}, contiguous"] = contiguous(kernel)
+        if b.dtype != torch.float32:
+            starts = torch.arange(0, S * n + 1, n, dtype=torch.int32, device=b.device)
+            providers |= varlen(packed, starts, n)
+            for name, theirs in flash_attn_peers().items():
+                providers[name] = lambda qkv, *apart, f=theirs: f(*qkv.view(S, n, 3, H, d).unbind(2))
     return Op(
         "packed_attention",
         f"S{S} n{n} H{H} d{d}",
-        lambda: (b.random(S * n, 3 * b.dim),),
+        make,
         providers,
         truth,
         bytes=4 * b.rows * b.dim * b.dtype.itemsize,
@@ -182,20 +213,35 @@ def attention_op(b: Bench) -> Op:
     )
 
 
-def varlen(
-    split: Callable[[Tensor], Sequence[Tensor]], starts: Tensor, n: int
-) -> dict[str, Callable[[Tensor], Tensor]]:
+def varlen(packed: Callable[[Tensor], Sequence[Tensor]], starts: Tensor, n: int) -> dict[str, Callable[..., Tensor]]:
     """torch's attention over cu_seqlens, where this torch has it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return {}
 
-    def run(qkv: Tensor) -> Tensor:
-        q, k, v = split(qkv)
-        return first(varlen_attn(q, k, v, starts, starts, n, n))
+    def run(qkv: Tensor, *apart: Tensor) -> Tensor:
+        q, k, v = packed(qkv)
+        return output_of(varlen_attn(q, k, v, starts, starts, n, n))
 
     return {"torch, varlen": run}
+
+
+def flash_attn_peers() -> dict[str, Callable[..., Tensor]]:
+    """flash-attn's kernels that are installed, each of q, k, v [S, n, H, d]."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    for name, module in (("flash-attn 2", "flash_attn"), ("flash-attn 4", "flash_attn.cute")):
+        try:
+            attention = importlib.import_module(module).flash_attn_func
+        except (ImportError, OSError, AttributeError):  # absent, built for another torch, or without it
+            continue
+        found[name] = lambda q, k, v, f=attention: output_of(f(q, k, v))
+    return found
+
+
+def output_of(result: Any) -> Tensor:
+    """Of an attention that may give the sums' logarithms too."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def pool_ops(b: Bench, views: int = 2, classes: int = 204) -> list[Op]:
@@ -215,7 +261,7 @@ def pool_ops(b: Bench, views: int = 2, classes: int = 204) -> list[Op]:
             "segment_mean_norm",
             f"S{S} n{n} D{D}",
             lambda: (b.random(b.rows, D), b.random(D), b.random(D)),
-            {"mmfast": ours, "torch": plain},
+            {"mmfast": ours, "torch": plain, **b.compiled(plain)},
             pool_truth,
             bytes=(b.rows + S) * D * b.dtype.itemsize,
             flops=b.rows * D + 8 * S * D,

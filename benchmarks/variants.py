@@ -1,5 +1,6 @@
 """The rungs of the ladder for one case, and the check that all of them compute the same probabilities."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import flops
 import torch
 from harness import Call, peak_of, progress
 from peers import Attention, HuggingFace, PlainViT, have_onednn, have_transformers, kept_ids, sdpa
+from probes import Replayed
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Rungs:
 
     model: in `dtype`. state: its weights in fp32, not cast: the truth that every dtype is held against.
     video: uint8 [B, C, F, H, W] on the model's device. All rungs see the same video, weights and masks.
+    fused: with mmfast prepared by fuse_for_inference too. graphs: on a GPU with `strong` as a CUDA graph too.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class Rungs:
         dtype: torch.dtype = torch.float32,
         hugging_face: bool = False,
         compiled: bool = True,
+        fused: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.config = model.config
         self.video, self.seed, self.dtype = video, seed, dtype
@@ -79,6 +84,12 @@ class Rungs:
         if compiled and self.device.type == "cuda":
             for mode in ("max-autotune", "max-autotune-no-cudagraphs"):
                 self.compiled[mode] = torch.compile(self.plain.strong, dynamic=False, mode=mode)
+        self.own = {OURS: model}
+        if fused:
+            self.own[f"{OURS}, fused"] = copy.deepcopy(model).eval().fuse_for_inference()
+            if dtype != torch.float32:
+                self.own[f"{OURS}, fused, tanh"] = copy.deepcopy(model).eval().fuse_for_inference("tanh")
+        self.graphs = graphs and self.device.type == "cuda"
 
     def masks(self, case: Case) -> Tensor:
         """bool [B, P, N], the masks that mmfast samples itself from the seed."""
@@ -107,13 +118,18 @@ class Rungs:
         if device.type == "cuda":
             for name, attention in forced_backends(self.dtype).items():
                 calls[f"strong, {name}"] = bound(plain.strong, video, keep, attention)
+            if self.graphs:
+                for name, attention in {"": sdpa, **forced_backends(self.dtype)}.items():
+                    captured = Replayed(bound(plain.strong, video, keep, attention), device)
+                    calls[f"strong, {name}, CUDA graph" if name else "strong, CUDA graph"] = captured
             for mode, function in self.compiled.items():
                 calls[f"strong, {mode}"] = bound(function, video, keep)
         else:
             calls["strong, clip by clip"] = bound(clip_by_clip, plain, video, keep)
             if self.onednn is not None:
                 calls["strong, clip by clip, oneDNN"] = bound(clip_by_clip, self.onednn, video, keep)
-        calls[OURS] = lambda: self.model.ensemble(video, views=case.views, keep=case.kept, seed=self.seed)
+        for name, model in self.own.items():
+            calls[name] = bound(model.ensemble, video, views=case.views, keep=case.kept, seed=self.seed)
         return calls
 
     def bare(self, case: Case) -> dict[str, Call]:
@@ -164,8 +180,8 @@ def clip_by_clip(plain: PlainViT, video: Tensor, keep: Tensor) -> Tensor:
     return torch.cat([plain.strong(one, ids) for one, ids in zip(video.split(1), keep.split(1), strict=True)])
 
 
-def bound(function: Callable[..., Any], *args: Any) -> Call:
-    return lambda: function(*args)
+def bound(function: Callable[..., Any], *args: Any, **options: Any) -> Call:
+    return lambda: function(*args, **options)
 
 
 def forced_backends(dtype: torch.dtype) -> dict[str, Attention]:

@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import ladder
 import loss_curve
 import ops
 import report
-import run_all
 import train_report
 import train_step
 import train_variants
@@ -205,25 +203,6 @@ def test_speedups_are_against_the_named_rows():
     gate = variants.Gate({r.name: 0.0 for r in rows}, 1e-5, {}, {})
     saved = report.Ladder(CASE, rows, 1.0, gate).as_json()["rows"][2]
     assert (saved["speedup_published"], saved["speedup_best_peer"], saved["clips_per_second"]) == (4.0, 2.0, 2000.0)
-
-
-def test_a_section_that_dies_is_recorded_and_the_rest_runs(tmp_path, monkeypatch):
-    def start(name: str, options: SimpleNamespace, seconds: float) -> dict[str, object]:
-        if name == "ceilings":
-            raise OSError("lost")
-        return {"state": "green", "why": "", "seconds": 1.0}
-
-    monkeypatch.setattr(run_all, "start", start)
-    monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(tmp_path), "--device", "cpu"])
-    assert run_all.main() == 1
-    sections = json.loads((tmp_path / "summary.json").read_text())["sections"]
-    assert sections["ceilings"]["state"] == "failed"
-    assert sections["kernels"]["state"] == "green"
-
-
-def test_a_section_past_its_time_is_ended_with_its_children():
-    with pytest.raises(run_all.subprocess.TimeoutExpired):
-        run_all.child([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

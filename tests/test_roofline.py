@@ -307,7 +307,7 @@ def test_rates_of_a_results_folder(tmp_path):
         {"product": "fc1 33712x384x1536", "tflop_s": 500.0},
         {"copy": "pinned host to device", "gb_s": 54.0},
     ]
-    (tmp_path / "ceilings.json").write_text(json.dumps(ceilings | {"rows": rows}))
+    (tmp_path / "results.json").write_text(json.dumps(ceilings | {"rows": rows}))
     machine = machines.from_results(tmp_path)
     assert (machine.tflop_s, machine.tb_s, machine.pcie_gb_s, machine.cpu) == (700.0, 4.0, 54.0, False)
     assert machine.products == {384: 450.0}
@@ -328,7 +328,7 @@ def test_measured_kernels_and_ladders_stand_beside_their_floors(tmp_path):
         "rows": ways,
         "best_peer": "peer",
     }
-    contents = {"ceilings": limits, "kernels": {"machine": about, "rows": [timed, timed | {"provider": "torch"}]}}
+    contents = {"results": limits, "kernels": {"machine": about, "rows": [timed, timed | {"provider": "torch"}]}}
     for name, content in (contents | {"ladder_small": {"machine": about, "rows": [ladder]}}).items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     kernel = roofline_measured.measured_kernels(roofline_measured.read([tmp_path]))

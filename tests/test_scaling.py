@@ -32,7 +32,7 @@ def gpu_folder(folder: Path, clips_s: float = 9000.0) -> Path:
     (folder / "ladder_small.json").write_text(json.dumps({"machine": about, "rows": [ladder]}))
     bus = {"copy": "pinned host to device", "gb_s": 54.0}
     limits = {"copy_gb_s": 4000.0, "gemm_tflop_s": 700.0}
-    (folder / "ceilings.json").write_text(json.dumps({"machine": about, "rows": [bus], **limits}))
+    (folder / "results.json").write_text(json.dumps({"machine": about, "rows": [bus], **limits}))
     return folder
 
 
