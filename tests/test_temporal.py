@@ -190,6 +190,20 @@ def test_steps_of_any_size(kept: int | None, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@plain
+@pytest.mark.parametrize("few", [0, 1 << 30], ids=["pair by pair", "all pairs"])
+@pytest.mark.parametrize("kept", [None, 9], ids=["all", "kept"])
+def test_few_cells_or_many(kept: int | None, few: int, monkeypatch: pytest.MonkeyPatch, poisoned_empty: None) -> None:
+    """Whether pairs of frames count as small, and are taken together, or not."""
+    case = Case(3, 4, (4, 4), kept, 2, 8, 16)
+    monkeypatch.setattr(temporal_blocked, "FEW_SCORES", few)
+    monkeypatch.setattr(temporal_blocked, "FEW_CELLS", few)
+    (*leaves, dout), cells = make(case)
+    check(leaves, dout, case.grid, cells)
+    monkeypatch.setattr(temporal_blocked, "SCRATCH", 1)
+    check(leaves, dout, case.grid, cells)
+
+
 @pytest.mark.parametrize("kept", [None, 9], ids=["all", "kept"])
 @pytest.mark.parametrize("lane", ["plain", pytest.param("kernel", marks=interpret)])
 def test_opcheck(lane: str, kept: int | None) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 WIDEST_BLOCK = 8  # queries side by side in one window
 SCRATCH = 1 << 23  # elements of scratch memory that one step may take
+FEW_SCORES = 1 << 14  # of a pair of frames: below, products are so small that calling them takes longer
+FEW_CELLS = 64  # of a grid: below, a table is hardly wider than its windows
 
 
 class Grid(NamedTuple):
@@ -46,6 +48,8 @@ def mean_probs(q: Tensor, k: Tensor, probs: Tensor) -> None:
     """q, k: [V, F, n, H, d]. Fills probs [2, V, F-1, n, n or more]; columns past n become 0."""
     views, frames, n, heads, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
+    if heads * n * n < FEW_SCORES:
+        return _mean_probs_of_many(q, k, probs, wide)
     scores, soft = (torch.empty((heads, n, n), dtype=wide, device=q.device) for _ in range(2))
     mean = torch.empty((n, n), dtype=wide, device=q.device)
     probs[..., n:] = 0
@@ -58,6 +62,19 @@ def mean_probs(q: Tensor, k: Tensor, probs: Tensor) -> None:
                 torch.softmax(scores, -1, out=soft)
                 torch.mean(soft, 0, out=mean)
                 probs[direction, view, pair, :, :n] = mean
+
+
+def _mean_probs_of_many(q: Tensor, k: Tensor, probs: Tensor, wide: torch.dtype) -> None:
+    """mean_probs of all pairs of many views in one product."""
+    views, frames, n, heads, d = q.shape
+    step = max(1, SCRATCH // max(1, 2 * (frames - 1) * heads * n * max(n, d)))
+    probs[..., n:] = 0
+    for direction in range(2):
+        for start in range(0, views, step):
+            chunk = slice(start, start + step)
+            queries = query_frames(q[chunk], direction).to(wide).transpose(2, 3) * d**-0.5
+            keys = query_frames(k[chunk], 1 - direction).to(wide).transpose(2, 3)
+            probs[direction, chunk, ..., :n] = torch.softmax(queries @ keys.mT, -1).mean(2)
 
 
 # -- all cells kept --
@@ -152,7 +169,27 @@ def _scattered(probs: Tensor, offsets: Tensor, window: slice, dtype: torch.dtype
     return made.scatter_(2, offsets.expand(probs.shape), probs.to(dtype)).flatten(0, 1)
 
 
+def _whole_tables(probs: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+    """Some views at a time, with a direction: their probs at all offsets of a small grid, [views, (F-1) * n, offsets]."""
+    assert grid.cells is not None
+    _, views, pairs, n, _ = probs.shape
+    step = max(1, SCRATCH // max(1, pairs * n * math.prod(grid.offsets)))
+    for start in range(0, views, step):
+        chunk = slice(start, start + step)
+        offsets = relative(grid.cells[chunk], grid.cells[chunk], grid)
+        for direction in range(2):
+            seen = probs[direction, chunk].to(dtype)
+            made = seen.new_zeros(*seen.shape[:3], math.prod(grid.offsets))
+            made.scatter_(3, offsets.unsqueeze(1).expand(seen.shape), seen)
+            yield chunk, direction, made.flatten(1, 2)
+
+
 def _kept_product(probs: Tensor, tables: list[Tensor], grid: Grid, out: Tensor) -> None:
+    if grid.h * grid.w <= FEW_CELLS:
+        for chunk, direction, placed in _whole_tables(probs, grid, out.dtype):
+            made = query_frames(out[chunk], direction)
+            made += (placed @ tables[direction]).view(made.shape)
+        return
     for view in range(out.shape[0]):
         for queries, window, offsets in _rows_of_queries(grid, view):
             for direction, table in enumerate(tables):
@@ -164,6 +201,11 @@ def _kept_product(probs: Tensor, tables: list[Tensor], grid: Grid, out: Tensor) 
 def _kept_dtables(dout: Tensor, probs: Tensor, grid: Grid) -> list[Tensor]:
     channels = dout.shape[3]
     gradients = [dout.new_zeros(math.prod(grid.offsets), channels) for _ in range(2)]
+    if grid.h * grid.w <= FEW_CELLS:
+        for chunk, direction, placed in _whole_tables(probs, grid, dout.dtype):
+            given = query_frames(dout[chunk], direction).reshape(-1, channels)
+            gradients[direction].addmm_(placed.flatten(0, 1).t(), given)
+        return gradients
     for view in range(dout.shape[0]):
         for queries, window, offsets in _rows_of_queries(grid, view):
             for direction, gradient in enumerate(gradients):
