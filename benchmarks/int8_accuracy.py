@@ -13,8 +13,9 @@ import argparse
 import copy
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,19 @@ LEVELS = 127
 TRAINED = next(run for run in FIRST if run.key == "flow")  # the one that learns soonest
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Precision:
+    """rounded: every row of a matrix as this precision holds it. quantize: the model changed into it."""
+
+    name: str
+    rounded: Callable[[Tensor], Tensor]
+    quantize: Callable[[MaskedViT], MaskedViT]
+
+
+def parse(arguments: Sequence[str] | None, name: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="int8_accuracy.py",
-        description="What int8 costs in accuracy, and which layers it comes from.",
+        prog=f"{name}_accuracy.py",
+        description=f"What {name} costs in accuracy, and which layers it comes from.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -72,7 +82,9 @@ def rounded(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounding(plain: PlainViT, layers: Sequence[str], weights: bool, rows: bool) -> Iterator[None]:
+def rounding(
+    plain: PlainViT, layers: Sequence[str], weights: bool, rows: bool, rounded: Callable[[Tensor], Tensor] = rounded
+) -> Iterator[None]:
     """The blocks' layers of these names with rounded weights, rounded inputs, or both."""
     chosen = [getattr(block, layer) for block in plain.blocks for layer in layers]
     kept = [layer.weight.data for layer in chosen]
@@ -94,7 +106,9 @@ def rounding(plain: PlainViT, layers: Sequence[str], weights: bool, rows: bool) 
 Outcome = tuple[Tensor, Tensor]  # features and probabilities
 
 
-def by_layers(model: MaskedViT, video: Tensor, masks: Tensor) -> list[dict[str, Any]]:
+def by_layers(
+    model: MaskedViT, video: Tensor, masks: Tensor, rounded: Callable[[Tensor], Tensor]
+) -> list[dict[str, Any]]:
     """Relative error of the features with one kind of layer rounded at a time, and with all."""
     plain, keep = PlainViT(model.state_dict(), model.config), kept_ids(masks)
     exact = features_of(plain, video, keep)
@@ -103,7 +117,7 @@ def by_layers(model: MaskedViT, video: Tensor, masks: Tensor) -> list[dict[str, 
         layers = LAYERS if layer == "all" else (layer,)
         row: dict[str, Any] = {"layer": layer}
         for what, weights, activations in (("weights", True, False), ("rows", False, True), ("both", True, True)):
-            with rounding(plain, layers, weights, activations):
+            with rounding(plain, layers, weights, activations, rounded):
                 row[what] = relative_error(features_of(plain, video, keep), exact)
         rows.append(row)
     return rows
@@ -124,7 +138,7 @@ def features_of(plain: PlainViT, video: Tensor, keep: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def with_given_weights(options: argparse.Namespace) -> dict[str, Any]:
+def with_given_weights(options: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     if options.checkpoint:
         model = MaskedViT.from_pretrained(options.checkpoint)
     else:
@@ -140,8 +154,8 @@ def with_given_weights(options: argparse.Namespace) -> dict[str, Any]:
     def outcome() -> Outcome:
         return model.encode(video, masks), model.ensemble(video, masks=masks)
 
-    (features, probs), layers = outcome(), by_layers(model, video, masks)
-    model.quantize_int8()
+    (features, probs), layers = outcome(), by_layers(model, video, masks, precision.rounded)
+    precision.quantize(model)
     got_features, got_probs = outcome()
     return {
         "model": options.checkpoint or options.model,
@@ -153,7 +167,7 @@ def with_given_weights(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def trained(options: argparse.Namespace) -> dict[str, Any]:
+def trained(options: argparse.Namespace, precision: Precision) -> dict[str, Any]:
     sizes = {"steps": options.steps, "source_clips": options.source_clips, "test_clips": options.test_clips}
     own = synthetic_cdfsl.parse(["--jobs", "1", "--episodes", str(options.episodes), "--seed", str(options.seed)])
     vars(own).update(sizes, teacher_steps=options.steps, target_clips=options.source_clips)
@@ -161,14 +175,14 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
         draw(own, Path(scratch))
         lab = Lab(own, Path(scratch))
         lab.row(TRAINED)
-        return compared(lab, options) | sizes
+        return compared(lab, options, precision) | sizes
 
 
-def compared(lab: Lab, options: argparse.Namespace) -> dict[str, Any]:
-    """The trained encoder's episodes in fp32 and int8."""
+def compared(lab: Lab, options: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    """The trained encoder's episodes in fp32 and in the other precision."""
     model = lab.load(TRAINED)
     exact = lab.features(model, TRAINED.modality, options.views, options.mask_ratio)
-    near = lab.features(copy.deepcopy(model).quantize_int8(), TRAINED.modality, options.views, options.mask_ratio)
+    near = lab.features(precision.quantize(copy.deepcopy(model)), TRAINED.modality, options.views, options.mask_ratio)
     found: dict[str, Any] = {"features": relative_error(near, exact), "shots": {}}
     for shots in (1, 5):
         episodes = lab.episodes(shots, options.seed)
@@ -176,7 +190,7 @@ def compared(lab: Lab, options: argparse.Namespace) -> dict[str, Any]:
         truth = torch.arange(episodes.n_way).repeat_interleave(episodes.n_query)
         found["shots"][str(shots)] = {
             "fp32": float((of_exact == truth).double().mean()),
-            "int8": float((of_near == truth).double().mean()),
+            precision.name: float((of_near == truth).double().mean()),
             "agreement": float((of_exact == of_near).double().mean()),
             "queries": of_exact.numel(),
         }
@@ -196,11 +210,11 @@ def predictions(features: Tensor, episodes: Episodes) -> Tensor:
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
 
-def tell(given: dict[str, Any]) -> None:
+def tell(given: dict[str, Any], name: str) -> None:
     table: list[tuple[str, ...]] = [("features off, rounded:", "weights", "rows", "both")]
     for row in given["layers"]:
         table.append((row["layer"], *(f"{row[what]:.2e}" for what in ("weights", "rows", "both"))))
-    print(f"{given['model']}: relative error of features in int8 {given['features']:.2e}")
+    print(f"{given['model']}: relative error of features in {name} {given['features']:.2e}")
     print(
         f"probabilities off by {given['probabilities']:.2e} at most (the largest is {given['largest_probability']:.2f}), "
         f"the same class in {given['top1_agreement']:.1%} of the clips"
@@ -208,25 +222,28 @@ def tell(given: dict[str, Any]) -> None:
     print(*aligned(table), sep="\n")
 
 
-def tell_trained(found: dict[str, Any]) -> None:
-    print(f"trained for {found['steps']} steps: relative error of features in int8 {found['features']:.2e}")
+def tell_trained(found: dict[str, Any], name: str) -> None:
+    print(f"trained for {found['steps']} steps: relative error of features in {name} {found['features']:.2e}")
     for shots, row in found["shots"].items():
         print(
-            f"{shots}-shot: fp32 {row['fp32']:.2%}, int8 {row['int8']:.2%}, the same decision in {row['agreement']:.2%} "
+            f"{shots}-shot: fp32 {row['fp32']:.2%}, {name} {row[name]:.2%}, the same decision in {row['agreement']:.2%} "
             f"of {row['queries']} queries"
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+INT8 = Precision("int8", rounded, MaskedViT.quantize_int8)
+
+
+def main(arguments: Sequence[str] | None = None, precision: Precision = INT8) -> int:
+    options = parse(arguments, precision.name)
     if options.threads:
         torch.set_num_threads(options.threads)
     report: dict[str, Any] = {"machine": harness.machine(torch.device("cpu")), "options": vars(options)}
-    report["given"] = with_given_weights(options)
-    tell(report["given"])
+    report["given"] = with_given_weights(options, precision)
+    tell(report["given"], precision.name)
     if options.steps:
-        report["trained"] = trained(options)
-        tell_trained(report["trained"])
+        report["trained"] = trained(options, precision)
+        tell_trained(report["trained"], precision.name)
     if options.json:
         harness.write_json(options.json, report)
     return 0

@@ -23,6 +23,8 @@ from .masks import ClipIds, Grid, Pack, clip_id_tensor, kept_per_slot, pack_mask
 
 CPU_TOKENS = 1024  # of one micro-batch: a block's activations then stay in the last-level cache
 TILE = 128  # rows of a GEMM tile
+L2 = "l2"  # a micro-batch by the size of the GPU's L2 cache
+L2_SHARE = 7 / 8  # the rest is for weights
 
 
 class Encoder(Protocol):
@@ -48,7 +50,7 @@ def ensemble(
     seed: int,
     clip_ids: ClipIds,
     masks: Tensor | None,
-    micro_batch: int | None,
+    micro_batch: int | str | None,
 ) -> Tensor:
     """MaskedViT.ensemble on any model that has the Encoder protocol.   Returns fp32 [B, K]."""
     grid = model.check_video(video)
@@ -57,9 +59,10 @@ def ensemble(
         raise ValueError("ensemble needs a classifier, and this model has num_classes=0; call reset_classifier first")
     if views < 1:
         raise ValueError(f"views must be at least 1, got {views}")
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-    device = next(iter(model.parameters())).device
+    if micro_batch is not None and micro_batch != L2 and (isinstance(micro_batch, str) or micro_batch < 1):
+        raise ValueError(f'micro_batch must be at least 1, or "{L2}", got {micro_batch!r}')
+    weight = next(iter(model.parameters()))
+    device = weight.device
     from_host = video.device.type == "cpu" and device.type == "cuda"
     place = video.device if from_host else device
     if masks is not None:
@@ -91,7 +94,12 @@ def ensemble(
         return replay(model, forward, pixels, row_of, pack)
 
     tokens = views * (math.prod(grid) if masks is not None else grid[0] * kept_per_slot(grid, mask_ratio, keep))
-    size = micro_batch or micro_batch_size(tokens, device)
+    if isinstance(micro_batch, str):
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        size = micro_batch_size(tokens, device, token_bytes(model.config, dtype))
+    else:
+        size = micro_batch or micro_batch_size(tokens, device)
     parts = run_in_micro_batches(run, batch, size)
     return torch.cat(parts) if parts else torch.zeros(0, model.config.num_classes, device=device)
 
@@ -119,17 +127,28 @@ def run_in_micro_batches(run: Callable[[slice], Tensor], batch: int, size: int) 
     return parts
 
 
-def micro_batch_size(tokens_per_clip: int, device: torch.device) -> int:
-    """Clips to run at once: on a GPU about two full waves of GEMM tiles, and of those sizes the one that wastes least."""
+def micro_batch_size(tokens_per_clip: int, device: torch.device, bytes_per_token: int | None = None) -> int:
+    """Clips to run at once: on a GPU about two full waves of GEMM tiles, and of those sizes the one that wastes least.
+
+    bytes_per_token: of activations, which are then to fit the GPU's L2 cache, whatever that leaves of the waves.
+    """
     if device.type != "cuda":
         return max(1, CPU_TOKENS // tokens_per_clip)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return wave_aware_size(tokens_per_clip, processors)
+    about = torch.cuda.get_device_properties(device)
+    if bytes_per_token is None:
+        return wave_aware_size(tokens_per_clip, about.multi_processor_count)
+    tokens = int(about.L2_cache_size * L2_SHARE) // bytes_per_token
+    return wave_aware_size(tokens_per_clip, about.multi_processor_count, tokens)
 
 
-def wave_aware_size(tokens_per_clip: int, processors: int) -> int:
-    """The clips, near two waves of 128-row tiles over the multiprocessors, that leave the fewest of them idle."""
-    most = max(1, 2 * processors * TILE // tokens_per_clip)
+def token_bytes(config: ViTConfig, dtype: torch.dtype) -> int:
+    """What a block holds of a token: the stream; queries, keys and values; the hidden layer."""
+    return (4 * config.embed_dim + config.mlp_dim) * dtype.itemsize
+
+
+def wave_aware_size(tokens_per_clip: int, processors: int, tokens: int | None = None) -> int:
+    """The clips, near `tokens` or two waves of 128-row tiles over the multiprocessors, that leave the fewest of them idle."""
+    most = max(1, (2 * processors * TILE if tokens is None else tokens) // tokens_per_clip)
 
     def busy(clips: int) -> float:
         tiles = math.ceil(clips * tokens_per_clip / TILE)

@@ -24,7 +24,8 @@ from .masks import kept_per_slot, sample_pack
 from .shards import Label, ShardReader, ShardWriter, checked_place, place_in_world
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT8 = "int8"  # the precision of a model after quantize_int8, without autocast
+# The precisions of a model after quantize_<name>, and autocast's beside them.
+QUANTIZED: dict[str, torch.dtype | None] = {"int8": None, "fp8": torch.bfloat16}
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,9 +86,10 @@ def extract(
     """Encode every clip of `dataset` under `views` tube masks, into the folder `out`, where FeatureStore reads them.
 
     What an earlier run into the folder has done stays; it must agree in weights, masks and `about` (plain data: how the
-    clips were made). precision: "fp32", "bf16" or "fp16" autocast, or "int8" after quantize_int8; dtype: what the features
-    are stored in. workers: threads that load clips ahead. rank, world: this process's part, by default from torchrun or
-    SLURM. retry: try clips again that could not be read. A clip that cannot be read is skipped and reported. Holds one
+    clips were made). precision: "fp32", "bf16" or "fp16" autocast, "int8" after quantize_int8, or "fp8" (bf16 autocast
+    besides) after quantize_fp8; dtype: what the features are stored in. workers: threads that load clips ahead. rank,
+    world: this process's part, by default from torchrun or SLURM. retry: try clips again that could not be read. A clip
+    that cannot be read is skipped and reported. Holds one
     shard and a few batches.
 
     Raises ValueError for arguments out of range, clips that the model cannot take, and a folder of another run.
@@ -152,10 +154,12 @@ def encoder(
 
 
 def amp_of(model: Encoder, precision: str) -> torch.dtype | None:
-    """What autocast takes for a precision. ValueError for an unknown one, and for int8 without quantize_int8 or the reverse."""
-    amp = one_of("precision", precision, {**PRECISIONS, INT8: None})
-    if getattr(model, "is_int8", False) != (precision == INT8):
-        raise ValueError(f'precision must be "int8" after quantize_int8 and only then, got {precision!r}')
+    """What autocast takes for a precision. ValueError for an unknown one, and for int8 or fp8 without their
+    quantize_ or the reverse."""
+    amp = one_of("precision", precision, PRECISIONS | QUANTIZED)
+    for kind in QUANTIZED:
+        if (getattr(model, "quantized", None) == kind) != (precision == kind):
+            raise ValueError(f'precision must be "{kind}" after quantize_{kind} and only then, got {precision!r}')
     return amp
 
 

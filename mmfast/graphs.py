@@ -81,6 +81,7 @@ def _key(model: Any, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple
         torch.is_inference_mode_enabled(),
         getattr(model, "use_adapters", False),
         getattr(getattr(model, "fused", None), "generation", 0),
+        model.quantization() if hasattr(model, "quantization") else 0,
     )
     return (layout, pack.num_sequences, pack.length, weights, modes)
 

@@ -1,6 +1,6 @@
 """Transformer modules over packed tokens: x [T, D], all sequences end to end, described by a Pack."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from .masks import Grid, Pack
 
 if TYPE_CHECKING:
     from .adapters import FrameLayout
+    from .quantized import QuantizedBlock
 
 
 class LayerNorm(nn.LayerNorm):
@@ -106,16 +107,17 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    forward(x, branch, pack) takes the residual stream and the branch the block before left to be added (None at first), and
-    returns the same two, so that every addition is fused with the norm that follows it, and every parameter is used
-    inside its own block. Adapters, residual included, stand where they are set: `adapter_pre_attn`, `adapter_pre_mlp`.
-    layout, where the adapters run over frames: how x is laid out in them. rows: int [S], a token of each sequence, which
-    alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed. seen: as Attention's.
+    forward(x, branch, pack) takes the residual stream and the branch the block before left to be added (None at first and
+    after a block in fp8), and returns the same two, so that every addition is fused with the norm that follows it, and every
+    parameter is used inside its own block. Adapters, residual included, stand where they are set: `adapter_pre_attn`,
+    `adapter_pre_mlp`. layout, where the adapters run over frames: how x is laid out in them. rows: int [S], a token of each
+    sequence, which alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed. seen:
+    as Attention's.
     """
 
     adapter_pre_attn: nn.Module | None
     adapter_pre_mlp: nn.Module | None
-    int8: Callable[..., tuple[Tensor, Tensor]] | None = None  # what runs in place of forward (quantize.py)
+    quantized: "QuantizedBlock | None" = None  # what runs in place of forward
 
     def __init__(
         self,
@@ -150,11 +152,11 @@ class Block(nn.Module):
         layout: "FrameLayout | None" = None,
         rows: Tensor | None = None,
         seen: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if self.int8 is not None:
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.quantized is not None:
             if rows is not None:
-                raise ValueError("a block in int8 computes all tokens; rows must be None")
-            return self.int8(self, x, branch, pack, layout, seen)
+                raise ValueError(f"a block in {self.quantized.kind} computes all tokens; rows must be None")
+            return self.quantized(self, x, branch, pack, layout, seen)
         with profiling.range("attention"):
             x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
             branch = self._scaled(self.attn(h, pack, rows, seen), self.gamma_1, pack, rows)
@@ -246,7 +248,7 @@ def _seen_block(
     """The tokens after a block, and its packed queries, keys and values."""
     seen: list[Tensor] = []
     x, branch = block(x, branch, pack, layout, None, seen)
-    return x + branch, seen[0]
+    return x if branch is None else x + branch, seen[0]
 
 
 class Constant(nn.Module):

@@ -152,7 +152,7 @@ def package_ensemble(
 def _check(model: MaskedViT, path: Path, views: int, batch: int, kind: str) -> None:
     if model.training:
         raise ValueError("package_ensemble takes a model in eval mode, got one in training mode: call eval() first")
-    model.refuse_if_int8("package_ensemble")
+    model.refuse_if_quantized("package_ensemble")
     if model.config.num_classes == 0:
         raise ValueError("package_ensemble takes a classifier, got a model with num_classes=0")
     if model.config.adapter_hidden:

@@ -1,16 +1,19 @@
-"""int8 inference on the CPU: the linear layers of a model's blocks as int8 products, everything else in fp32.
+"""Inference with the linear layers of a model's blocks in int8, on the CPU, or in fp8 (fp8.py), on a GPU.
 
-Weights are rounded once, a scale for every output channel; activations as they come, a scale for every token. Attention, the
-residual stream, the embedding, pooling and the head stay fp32, and so do the weights that the model holds: its state dict is the
-one it had. Blocks of a few hundred tokens go from the attention to the end of a block at a time, so that the int32 sums and
+int8: weights are rounded once, a scale for every output channel; activations as they come, a scale for every token. Attention,
+the residual stream, the embedding, pooling and the head stay fp32, and so do the weights that the model holds: its state dict is
+the one it had. Blocks of a few hundred tokens go from the attention to the end of a block at a time, so that the int32 sums and
 the hidden layer stay in the cache.
 """
 
-from typing import TYPE_CHECKING, Any, Self
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
+from mmfast_kernels import fp8
 from mmfast_kernels.attention import packed_self_attention
 from mmfast_kernels.int8 import (
     Int8Product,
@@ -24,20 +27,24 @@ from mmfast_kernels.int8 import (
 )
 
 from . import profiling
+from .fp8 import DEFAULT, Fp8Block, checked_layers
 from .masks import Pack
+from .quantized import QuantizedBlock
 
 if TYPE_CHECKING:
     from .adapters import FrameLayout
     from .layers import Block
 
 ROWS = 256  # a block of tokens for every thread
+_numbers = itertools.count(1)
 
 
 class Quantizable(nn.Module):
-    """A model with `blocks` that can run in int8."""
+    """A model with `blocks` that can run in int8 or fp8."""
 
     blocks: nn.ModuleList
-    _int8 = False
+    quantized: str | None = None  # "int8" or "fp8" where quantize_int8 or quantize_fp8 is in force
+    _number = 0
 
     def quantize_int8(self) -> Self:
         """Run the blocks' linear layers in int8 from now on; the model itself is changed, into eval mode, and returned.
@@ -51,53 +58,83 @@ class Quantizable(nn.Module):
         for name, p in self.named_parameters():
             if p.device.type != "cpu" or p.dtype != torch.float32:
                 raise ValueError(f"quantize_int8 takes a model in fp32 on the CPU, {name} is {p.dtype} on {p.device}")
-        if getattr(self, "fused", None) is not None:
-            raise ValueError("quantize_int8 takes a model that is not fused; call unfuse first")
-        self.eval()
-        with torch.no_grad():
-            for block in self.blocks:
-                block.int8 = Int8Block(block)  # type: ignore[assignment,arg-type]  # blocks are Blocks
-        self._int8 = True
+        self._quantize("int8", [Int8Block(block) for block in self._plain_blocks("quantize_int8")])
         return self
 
+    def quantize_fp8(self, layers: Sequence[str] = DEFAULT) -> Self:
+        """Run the blocks' linear layers in fp8 (e4m3) from now on; the model itself is changed, into eval mode, and returned.
+
+        layers: some of "qkv", "proj" and "mlp" (both of its layers). For inference on a GPU of compute capability 8.9 or
+        later, in bf16 or fp16 (weights, or by autocast), under torch.no_grad or inference_mode; on the CPU it is emulated, for
+        its accuracy, slowly. The weights stay as they are for state_dict, save_pretrained and dequantize; where one changes or
+        moves later, quantize_fp8 must be called again.
+
+        Raises ValueError on another device, for widths not in multiples of 16, or with fuse_for_inference in force.
+        """
+        checked_layers(layers)
+        for device in {p.device for p in self.parameters()}:
+            if (fault := fp8.refusal(device)) is not None:
+                raise ValueError(f"quantize_fp8: {fault}")
+        self._quantize("fp8", [Fp8Block(block, layers) for block in self._plain_blocks("quantize_fp8")])
+        return self
+
+    def _plain_blocks(self, what: str) -> list["Block"]:
+        if getattr(self, "fused", None) is not None:
+            raise ValueError(f"{what} takes a model that is not fused; call unfuse first")
+        return list(self.blocks)  # type: ignore[arg-type]  # blocks are Blocks
+
+    def _quantize(self, kind: str | None, made: Sequence[QuantizedBlock | None]) -> None:
+        if kind is not None:
+            self.eval()
+        for block, quantized in zip(self.blocks, made, strict=True):
+            block.quantized = quantized  # type: ignore[assignment]  # blocks are Blocks
+        self.quantized = kind
+        self._number = next(_numbers)
+
     def dequantize(self) -> Self:
-        """Undo quantize_int8, exactly; the model itself is changed and returned."""
-        for block in self.blocks:
-            block.int8 = None  # type: ignore[assignment]  # blocks are Blocks
-        self._int8 = False
+        """Undo quantize_int8 or quantize_fp8, exactly; the model itself is changed and returned."""
+        self._quantize(None, [None] * len(self.blocks))
         return self
 
     @property
     def is_int8(self) -> bool:
         """Whether quantize_int8 is in force."""
-        return self._int8
+        return self.quantized == "int8"
+
+    def quantization(self) -> int:
+        """A number of its own for every form the weights were rounded to; ValueError where they have changed since."""
+        for block in self._quantized_blocks():
+            block.quantized.check_weights(block)  # type: ignore[union-attr]
+        return self._number
+
+    def _quantized_blocks(self) -> list["Block"]:
+        return [] if self.quantized is None else list(self.blocks)  # type: ignore[arg-type]  # blocks are Blocks
 
     def train(self, mode: bool = True) -> Self:
-        """nn.Module.train; ValueError for a model in int8, which cannot train."""
+        """nn.Module.train; ValueError for a model in int8 or fp8, which cannot train."""
         if mode:
-            self.refuse_if_int8("train")
+            self.refuse_if_quantized("train")
         return super().train(mode)
 
-    def refuse_if_int8(self, what: str) -> None:
-        """ValueError for what a model in int8 cannot do."""
-        if self._int8:
-            raise ValueError(f"{what}: the model is in int8; call dequantize() first")
+    def refuse_if_quantized(self, what: str) -> None:
+        """ValueError for what a model in int8 or fp8 cannot do."""
+        if self.quantized is not None:
+            raise ValueError(f"{what}: the model is in {self.quantized}; call dequantize() first")
 
 
-class Int8Block:
+class Int8Block(QuantizedBlock):
     """The linear layers of a Block in int8, and how the block runs with them."""
 
+    kind = "int8"
+
     def __init__(self, block: "Block") -> None:
+        super().__init__(block)
         attn, mlp = block.attn, block.mlp
         self.qkv = quantize_weight(attn.qkv.weight, attn.joint_bias())
         self.proj = quantize_weight(attn.proj.weight, attn.proj.bias, block.gamma_1)
         self.fc1 = quantize_weight(mlp.fc1.weight, mlp.fc1.bias)
         self.fc2 = quantize_weight(mlp.fc2.weight, mlp.fc2.bias, block.gamma_2)
         self.gelu = "quick" if mlp.gelu == "quick" else "erf"  # as in fp32, "tanh" is the exact form on the CPU
-        self.state: tuple[Any, ...] | None = _state(block)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"state": None}  # a copy of the model has weights at other addresses
 
     def __call__(
         self,
@@ -168,22 +205,7 @@ class Int8Block:
                 f"a model in int8 runs in fp32 on the CPU without autocast, got {x.dtype} on {x.device}; "
                 "call dequantize to run it otherwise"
             )
-        if block.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise ValueError("a model in int8 has no gradients; run it in eval mode under torch.no_grad")
-        if torch.compiler.is_compiling():
-            return
-        self.state = self.state or _state(block)
-        if _state(block) != self.state:
-            raise ValueError("weights have changed since quantize_int8; call it again")
-
-
-def _state(block: "Block") -> tuple[Any, ...]:
-    """What changes where a weight that int8 has a copy of is set, moved or written to."""
-    attn, mlp = block.attn, block.mlp
-    biases = (attn.qkv.bias, attn.q_bias, attn.v_bias, attn.proj.bias, mlp.fc1.bias, mlp.fc2.bias)
-    weights = (attn.qkv.weight, attn.proj.weight, mlp.fc1.weight, mlp.fc2.weight, block.gamma_1, block.gamma_2)
-    given = [t for t in (*weights, *biases) if t is not None]
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in given)
+        self.check(block, x)
 
 
 def _step() -> int:

@@ -209,8 +209,7 @@ class MaskedViT(Quantizable, Fusible):
         for i, block in enumerate(self.blocks):
             x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
             if i in wanted:
-                taken.append(self._normed((x, branch)) if norm else x + branch)
-        assert branch is not None
+                taken.append(self._normed((x, branch)) if norm else _joined((x, branch)))
         shape = (*lead, pack.length)
         taken = [t.unflatten(0, shape) for t in taken]
         return taken if intermediates_only else (self._normed((x, branch)).unflatten(0, shape), taken)
@@ -234,13 +233,13 @@ class MaskedViT(Quantizable, Fusible):
         seed: int = 0,
         clip_ids: ClipIds = None,
         masks: Tensor | None = None,
-        micro_batch: int | None = None,
+        micro_batch: int | str | None = None,
     ) -> Tensor:
         """Ensemble masked inference (MM-CDFSL, ECCV 2024): the mean over P tube-masked views of the class probabilities.
 
         keep, seed, clip_ids: as in tube_masks. masks: bool [B, P, N] instead of sampled ones. micro_batch: clips run at once;
-        chosen from the device when None, halved when memory runs out. A uint8 video in host memory with the model on a GPU
-        sends only the pixels that some view keeps.
+        chosen from the device when None, by its L2 cache when "l2", halved when memory runs out. A uint8 video in host
+        memory with the model on a GPU sends only the pixels that some view keeps.
 
         Returns fp32 [B, K].
         """
@@ -288,7 +287,7 @@ class MaskedViT(Quantizable, Fusible):
     # Adapters
 
     def _to_fuse(self) -> Sequence[nn.Module]:
-        self.refuse_if_int8("fuse_for_inference")
+        self.refuse_if_quantized("fuse_for_inference")
         return list(self.blocks)
 
     def add_adapters(

@@ -1,5 +1,7 @@
 """Micro-batches, memory that runs out, CUDA graphs, host-gathered pixels: the ways ensemble runs one and the same sum."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from numerics import relative_error
@@ -8,7 +10,8 @@ from test_vit import clips, make
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mmfast import sample_pack, tube_masks
-from mmfast.ensemble import run_in_micro_batches, wave_aware_size
+from mmfast.config import from_name
+from mmfast.ensemble import micro_batch_size, run_in_micro_batches, token_bytes, wave_aware_size
 from mmfast.graphs import _graphs
 
 
@@ -54,6 +57,19 @@ def test_micro_batches_fill_the_waves_of_an_h200(tokens: int, clips_: int) -> No
     assert wave_aware_size(tokens, 132) == clips_
 
 
+@pytest.mark.parametrize("size", ["small", "base"])
+@pytest.mark.parametrize("tokens", [392, 784, 10**6])
+def test_micro_batches_by_the_l2_cache_fit_it(size: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    config = from_name(f"videomae_{size}_patch16_224")
+    held = token_bytes(config, torch.bfloat16)
+    assert held == 2 * 8 * config.embed_dim
+    clips_ = micro_batch_size(tokens, torch.device("cuda"), held)
+    assert clips_ == 1 or h200.L2_cache_size * 0.4 < clips_ * tokens * held < h200.L2_cache_size * 0.9
+    assert clips_ < micro_batch_size(tokens, torch.device("cuda")) or clips_ == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -61,6 +77,7 @@ def test_micro_batches_fill_the_waves_of_an_h200(tokens: int, clips_: int) -> No
         (dict(masks=torch.zeros(2, 1, 64)), TypeError, "float32"),
         (dict(masks=torch.ones(2, 1, 64, dtype=torch.bool)), ValueError, "removes every token"),
         (dict(micro_batch=0), ValueError, "micro_batch"),
+        (dict(micro_batch="L3"), ValueError, "at least 1, or \"l2\", got 'L3'"),
         (dict(views=0), ValueError, "views"),
         (dict(keep=17), ValueError, "keep"),
     ],

@@ -19,6 +19,8 @@ FLOORS = {
     "mmfast.decoder_pack": 2.1,
     "mmfast.layers": 2.2,
     "mmfast.adapters": 2.2,
+    "mmfast.quantized": 2.2,
+    "mmfast.fp8": 2.2,
     "mmfast.quantize": 2.3,
     "mmfast.fused": 2.25,
     "mmfast.clip_config": 2.1,

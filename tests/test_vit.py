@@ -105,6 +105,7 @@ def test_ensemble_is_the_mean_probability_of_its_views() -> None:
         model.ensemble(video, 2, 0.75, seed=5, clip_ids=[9, 4, 7]),
         model.ensemble(video, masks=masks),
         model.ensemble(video, 2, 0.75, seed=5, clip_ids=torch.tensor([9, 4, 7]), micro_batch=1),
+        model.ensemble(video, 2, 0.75, seed=5, clip_ids=[9, 4, 7], micro_batch="l2"),
         model.ensemble(video, 2, keep=4, seed=5, clip_ids=[9, 4, 7]),
     ):
         assert relative_error(got, expected) <= TOLERANCE

@@ -33,11 +33,11 @@ REFIT = (0.797506497, 0.0370045102, -3.51252277e-4)
 
 
 @functools.cache
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _describable(*tensors: Tensor) -> bool:
+def describable(*tensors: Tensor) -> bool:
     """True for matrices that the copy engine can address: base and row pitch in steps of 16 bytes, rows apart."""
     return all(
         t.data_ptr() % 16 == 0
@@ -67,7 +67,7 @@ def launch(
         blocks = [(x, [bm, bk]), (weight, [bn, bk]), (y, [bm, bn // 2])]
         descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in blocks]
         h_descriptor = None if h is None else TensorDescriptor.from_tensor(h, [bm, bn // 2])
-        grid = (min(tiles, config["blocks_per_sm"] * _sm_count(x.device)),)
+        grid = (min(tiles, config["blocks_per_sm"] * sm_count(x.device)),)
         mlp_triton.linear_gelu_descriptor_kernel[grid](
             *descriptors, h_descriptor, bias, m, n, k, MODE=mode, APPROX=approx, **options
         )
@@ -96,8 +96,8 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str, *, hidden: b
                     run,
                     arch=tables.arch_of(x.device),
                     dtype="tf32" if dtype == "fp32" and tf32_allowed() else dtype,
-                    descriptor=_describable(x, weight, y),
-                    small=tiles <= _sm_count(x.device),
+                    descriptor=describable(x, weight, y),
+                    small=tiles <= sm_count(x.device),
                 )
             )
     return y, h
@@ -127,7 +127,7 @@ def _bwd(dy: Tensor, h: Tensor, mode: str, act: bool, sums: bool) -> list[Tensor
 
     def run(config: Mapping[str, Any]) -> Tensor | None:
         blocks = math.ceil(n / config["BN"])
-        groups = min(math.ceil(m / config["BM"]), max(config["blocks_per_sm"] * _sm_count(h.device) // blocks, 1))
+        groups = min(math.ceil(m / config["BM"]), max(config["blocks_per_sm"] * sm_count(h.device) // blocks, 1))
         partial = torch.empty((groups, n), dtype=torch.float32, device=h.device) if sums else None
         mlp_backward_triton.gelu_backward_kernel[(groups * blocks,)](
             dy, h, outputs[0], outputs[1] if act else None, partial, m, n,
@@ -244,7 +244,11 @@ def checked_parameters(
 
 def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "erf") -> Tensor:
     """linear_gelu in plain torch, "tanh" by its own formula."""
-    h = F.linear(x, weight, bias)
+    return gelu_ref(F.linear(x, weight, bias), mode)
+
+
+def gelu_ref(h: Tensor, mode: str) -> Tensor:
+    """The GELU form that mode names, by its formula."""
     if mode == "erf":
         return F.gelu(h)
     if mode == "quick":

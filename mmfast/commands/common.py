@@ -21,7 +21,7 @@ from ..data.frames import CHANNELS
 from ..data.manifest import folder_manifest, read_manifest
 from ..data.records import AnnotationSet, ClipRecord
 from ..data.video_lists import read_class_names
-from ..extract import INT8, PRECISIONS, STORED, Report
+from ..extract import PRECISIONS, QUANTIZED, STORED, Report
 from ..predict import MANIFESTS, video_records
 from ..shards import place_in_world
 from ..vit import MaskedViT
@@ -104,9 +104,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
         "--precision",
-        choices=(*PRECISIONS, INT8),
+        choices=(*PRECISIONS, *QUANTIZED),
         default="fp32",
-        help="int8: of a masked ViT on the CPU, not for training (default: %(default)s)",
+        help="int8 (on the CPU) and fp8 (on a GPU): of a masked ViT, not for training (default: %(default)s)",
     )
 
 
@@ -121,7 +121,9 @@ def load_model(args: argparse.Namespace) -> MaskedViT:
     if first_rank():
         sys.stderr.write(f"{args.checkpoint}: {report}\n" + "".join(f"{warning.message}\n" for warning in caught))
     model = model.to(device_of(args.device)).eval()
-    return model.quantize_int8() if args.precision == INT8 else model
+    if args.precision in QUANTIZED:
+        return model.quantize_int8() if args.precision == "int8" else model.quantize_fp8()
+    return model
 
 
 def device_of(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 
 from ..adaptive import AdaptiveResult, calibrate_threshold, evaluate_adaptive, support_probabilities
 from ..episodes import EpisodeResult, Episodes, evaluate_episodes, evaluate_fresh
-from ..extract import INT8, PRECISIONS
+from ..extract import PRECISIONS, QUANTIZED
 from ..peft import Adaptation, evaluate_adapted
 from ..shards import place_in_world, write_aside
 from . import common, evl_head
@@ -83,9 +83,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"--head {args.head} trains on the supports of every episode: it takes neither --adaptive nor --fresh"
         )
-    if args.head in TRAINED and args.precision == INT8:
+    if args.head in TRAINED and args.precision in QUANTIZED:
         raise ValueError(
-            f"--head {args.head} trains on the supports of every episode: it does not take --precision int8"
+            f"--head {args.head} trains on the supports of every episode: it does not take --precision {args.precision}"
         )
     if args.head != EVL and (args.decoder is not None or args.interpolate):
         raise ValueError(f"--decoder and --interpolate are of --head evl, got --head {args.head}")
