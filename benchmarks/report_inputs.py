@@ -273,6 +273,7 @@ def line_of(found: Sequence[tuple[Source, Mapping[str, Timed], int]], left_out: 
 
 def is_ours(name: str) -> bool:
     """mmfast as it is or fused; "lean" and others trade speed for something else."""
+    name = name.removesuffix(", in L2")
     return name in (OURS, f"{OURS}, fused", f"{OURS}, fused, tanh")
 
 

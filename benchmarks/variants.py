@@ -130,6 +130,9 @@ class Rungs:
                 calls["strong, clip by clip, oneDNN"] = bound(clip_by_clip, self.onednn, video, keep)
         for name, model in self.own.items():
             calls[name] = bound(model.ensemble, video, views=case.views, keep=case.kept, seed=self.seed)
+        last, given = list(self.own.items())[-1], {"views": case.views, "keep": case.kept, "seed": self.seed}
+        if device.type == "cuda" and len(self.own) > 1:
+            calls[f"{last[0]}, in L2"] = bound(last[1].ensemble, video, **given, micro_batch="l2")
         return calls
 
     def bare(self, case: Case) -> dict[str, Call]:
