@@ -5,7 +5,7 @@
 #include <string>
 
 #include "gather_token.h"
-#include "threads.h"
+#include "team.h"
 
 // One build for every x86-64 processor: the loader picks the widest copy of a function that this one can run.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
@@ -18,7 +18,7 @@
 namespace mmfast {
 namespace {
 
-constexpr int64_t kTokensAhead = 4;
+constexpr int64_t kTokensAhead = 6;
 constexpr int64_t kPixelsAThread = 128 * 1024;
 constexpr int64_t kCachedBytes = 16 << 20;  // of rows; more would push each other out before anyone reads them
 
@@ -108,8 +108,8 @@ void gather_tubes(const Video& video, const Tubes& tubes, const Rows& rows, int 
   auto* const run = video.type == Pixel::f32  ? (rows.scale ? scale_f32 : copy_f32)
                     : rows.type == Pixel::f32 ? (rows.scale ? scale_u8 : widen_u8)
                                               : copy_u8;
-  parallel_for(tubes.count, kPixelsAThread / std::max<int64_t>(row_size, 1) + 1, threads,
-               [&](int64_t begin, int64_t end) { run(job, begin, end); });
+  share_range(tubes.count, kPixelsAThread / std::max<int64_t>(row_size, 1) + 1, threads,
+              [&](int64_t begin, int64_t end) { run(job, begin, end); });
 }
 
 }  // namespace mmfast

@@ -126,7 +126,7 @@ MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, O
   const int32_t tubelet = job.tubes.tubelet, patch = kPatch ? kPatch : job.tubes.patch;
   const int64_t plane = int64_t{tubelet} * patch * patch;
   const auto fetch = [&](int64_t offset, int64_t pixels) MMFAST_LAMBDA {
-    for (int64_t x = 0; x < pixels; x += kLineFetch) __builtin_prefetch(ahead + offset + x);
+    for (int64_t x = 0; x < pixels; x += kLineFetch) __builtin_prefetch(ahead + offset + x, 0, 0);  // read once
   };
   if constexpr (kLayout == Layout::planes) {
     for (int64_t c = 0; c < channels; ++c) {

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "philox.h"
-#include "threads.h"
+#include "team.h"
 
 namespace mmfast {
 namespace {
@@ -32,7 +32,7 @@ void sample_keep(const int64_t* clip_ids, const MaskDraw& draw, int32_t* keep_id
   if (draw.keep == 0 || draw.slots == 0) return;
   const int64_t cells_a_thread = 4096;
   const int64_t work = int64_t{draw.cells} * (draw.per_slot ? draw.slots : 1);
-  parallel_for(draw.batch * draw.views, cells_a_thread / work + 1, threads, [&](int64_t begin, int64_t end) {
+  share_range(draw.batch * draw.views, cells_a_thread / work + 1, threads, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> keys(draw.cells), ranked(draw.cells);
     for (int64_t sequence = begin; sequence < end; ++sequence) {
       const int64_t clip = clip_ids[sequence / draw.views];

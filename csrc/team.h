@@ -3,6 +3,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
 #include "threads.h"
 
 namespace mmfast {
@@ -23,6 +27,20 @@ void on_team(int threads, const Work& work) {
   } else {
     parallel_for(threads, 1, threads, [&](int64_t, int64_t) { work(); });
   }
+}
+
+// Calls work(begin, end) over [0, count) on a team, in pieces of `grain` items at least. work must not throw.
+template <class Work>
+void share_range(int64_t count, int64_t grain, int threads, const Work& work) {
+  constexpr int64_t kPiecesAThread = 4;
+  const int64_t most = std::max<int64_t>(count / std::max<int64_t>(grain, 1), 1);
+  const int64_t team = std::min<int64_t>(most, std::max(threads, 1));
+  const int64_t pieces = team == 1 ? 1 : std::min(most, kPiecesAThread * team);
+  const auto bound = [&](int64_t piece) { return count / pieces * piece + std::min(piece, count % pieces); };
+  std::atomic<int64_t> next{0};
+  on_team(static_cast<int>(team), [&] {
+    for (int64_t piece; (piece = next.fetch_add(1)) < pieces;) work(bound(piece), bound(piece + 1));
+  });
 }
 
 }  // namespace mmfast
