@@ -119,9 +119,9 @@ def machines(used: Sequence[Source], device: str) -> str:
         by_machine.setdefault((source.machine, source.torch), []).append(source)
     parts = []
     for (machine, torch), sources in by_machine.items():
-        commits: dict[str, list[str]] = {}
+        commits: dict[str, dict[str, None]] = {}  # a file may hold several parts of a run: each is named once
         for source in sources:
-            commits.setdefault(source.commit, []).append(f"`{source.file}`")
+            commits.setdefault(source.commit, {})[f"`{source.file}`"] = None
         files = "; ".join(f"commit `{commit}` ({', '.join(files)})" for commit, files in commits.items())
         parts.append(f"{machine}, torch {torch}, {files}")
     return "; ".join(parts)
