@@ -206,7 +206,7 @@ def test_the_head_is_fitted_to_one_masked_view_a_clip_and_averaged_over_views(vi
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"views": 0}, "views must be at least 1"),
         ({"mask_ratio": 1.5}, "mask_ratio must lie in"),
-        ({"precision": "fp8"}, "precision must be one of"),
+        ({"precision": "fp9"}, "precision must be one of"),
         ({"classes": ["a"]}, "classes must be 5 names, one a class of the model, got 1"),
     ],
 )
