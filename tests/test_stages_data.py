@@ -240,3 +240,12 @@ def test_unreadable_clips_are_reported_once(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.report_faults()
+
+
+def test_a_text_file_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "val.TXT").write_text("a.mp4 1\nb.mp4 0\n")
+    clips = Clips(path=str(tmp_path / "val.TXT"))
+    assert clips.format == "list"
+    assert clips.read().labels == [1, 0]
+    assert Clips(path="val.csv").format == "manifest"
+    assert Clips("folder", "val.txt").format == "folder"

@@ -26,7 +26,7 @@ class Clips:
 
     Args:
         format: the annotation file of a published data set, a manifest (CSV or JSON), a folder of class folders, a list with
-            lines `path label` or `path n label`, or the synthetic cross-domain set.
+            lines `path label` or `path n label`, or the synthetic cross-domain set. A manifest that ends in .txt is a list.
         path: the annotation file, manifest, folder or list; of synthetic clips the domain, source or target.
         root: the folder that the paths of a published data set or a list start from.
         templates: modality -> path of a published data set's frames, in place of the published ones; of a list's folders the
@@ -45,6 +45,10 @@ class Clips:
     stride: int | None = None
     first_label: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.format == "manifest" and self.path.lower().endswith(".txt"):
+            self.format = "list"
 
     def read(self, modalities: Sequence[str] = ("rgb",)) -> AnnotationSet:
         """The list of clips. Raises ValueError naming the file for whatever is wrong with it."""
