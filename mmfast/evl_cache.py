@@ -27,6 +27,7 @@ from .extract import PRECISIONS, STORED, Report, autocast, one_of, run_sharded, 
 from .loading import Clips, describe, loaded_batches
 from .masks import Grid, kept_per_slot, sample_pack
 from .shards import Label, ShardReader, differences, read_indexes
+from .stored import StoredClips
 
 WHAT = "evl features"
 _BESIDE = 8192  # bytes a clip, at most, of headers and index beside its features
@@ -139,7 +140,7 @@ def cache_features(
     return report
 
 
-class FeatureCache:
+class FeatureCache(StoredClips):
     """What cache_features has put into a folder, by any number of ranks in any number of runs, for a model's decoder.
 
     A decoder that reads fewer of the last blocks, or no queries and keys, reads its part. mask_ratio, seed, precision, dtype,
@@ -149,6 +150,8 @@ class FeatureCache:
     Raises ValueError for a folder without features, and for features of another backbone, of too few layers, of frames or a
     grid that the decoder does not take, or made otherwise, by name.
     """
+
+    what = WHAT
 
     def __init__(
         self,
@@ -161,10 +164,7 @@ class FeatureCache:
         dtype: str | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
-        self._reader = ShardReader(folder)
-        self.settings = self._reader.settings
-        if self.settings.get("what") != WHAT:
-            raise ValueError(f"{folder}: holds {self.settings.get('what')}, not {WHAT}")
+        super().__init__(folder)
         if self.settings["mask_ratio"] == 0:
             seed = None  # of no mask
         asked = {"mask_ratio": mask_ratio, "mask_seed": seed, "precision": precision, "dtype": dtype, "about": about}
@@ -189,38 +189,6 @@ class FeatureCache:
         self._layers = range(first, first + config.num_layers)
         self._shapes = _shapes(config, self.grid, self.settings["mask_ratio"], first)
 
-    def __len__(self) -> int:
-        """Number of clips."""
-        return len(self._reader)
-
-    def __contains__(self, clip_id: int) -> bool:
-        return clip_id in self._reader
-
-    @property
-    def ids(self) -> list[int]:
-        """Clip ids, ascending."""
-        return self._reader.ids
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the clips, in the order of `ids`."""
-        return self._reader.names
-
-    @property
-    def labels(self) -> list[Label]:
-        """Classes of the clips in the order of `ids`: by name, or by number where there are no names, or None."""
-        return self._reader.labels
-
-    @property
-    def failed(self) -> dict[int, tuple[str, str]]:
-        """Clips that could not be read: id -> (name, reason)."""
-        return self._reader.failed
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """Shards whose files are gone or cut short: name -> fault."""
-        return self._reader.damaged
-
     @property
     def clip_bytes(self) -> int:
         """Bytes that `features` reads of a clip."""
@@ -240,10 +208,6 @@ class FeatureCache:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
         cells = moved.get("cells")
         return [LayerFeatures(moved[f"out.{i}"], moved.get(f"q.{i}"), moved.get(f"k.{i}"), cells) for i in self._layers]
-
-    def verify(self) -> dict[str, str]:
-        """Read every shard through and compare with its sha256. Returns shard -> fault, for those that are damaged."""
-        return self._reader.verify()
 
     def share_checks(self) -> None:
         """As ShardReader's: processes started from here on check a shard once between them."""

@@ -21,7 +21,8 @@ from . import __version__
 from .ensemble import micro_batch_size, run_in_micro_batches
 from .loading import Clips, Encoder, describe, loaded_batches
 from .masks import kept_per_slot, sample_pack
-from .shards import Label, ShardReader, ShardWriter, checked_place, place_in_world
+from .shards import Label, ShardWriter, checked_place, place_in_world
+from .stored import StoredClips
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The precisions of a model after quantize_<name>, and autocast's beside them.
@@ -262,65 +263,25 @@ def one_of(name: str, value: str, known: Mapping[str, Any]) -> Any:
     return known[value]
 
 
-class FeatureStore:
+class FeatureStore(StoredClips):
     """The features of a folder that `extract` filled, by any number of ranks in any number of runs.
 
     Clips come in the order of their ids. A shard that is cut short, corrupt or gone is found when it is read, and named;
     `extract` into the same folder does its clips again. Raises ValueError for a folder without features.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._reader = ShardReader(folder)
-        if self._reader.settings.get("what") != "features":
-            raise ValueError(f"{folder}: holds {self._reader.settings.get('what')}, not features")
-        self.settings = self._reader.settings
-
-    def __len__(self) -> int:
-        """Number of clips."""
-        return len(self._reader)
-
-    def __contains__(self, clip_id: int) -> bool:
-        return clip_id in self._reader
+    what = "features"
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(clip id, features [P, D]) in order, read as they are asked for."""
         return self._reader.iterate("features")
 
     @property
-    def ids(self) -> list[int]:
-        """Clip ids, ascending."""
-        return self._reader.ids
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the clips, in the order of `ids`."""
-        return self._reader.names
-
-    @property
-    def labels(self) -> list[Label]:
-        """Classes of the clips in the order of `ids`: by name, or by number where there are no names, or None."""
-        return self._reader.labels
-
-    @property
     def views(self) -> int:
         """Views of every clip."""
         return int(self.settings["views"])
-
-    @property
-    def failed(self) -> dict[int, tuple[str, str]]:
-        """Clips that could not be read: id -> (name, reason)."""
-        return self._reader.failed
-
-    @property
-    def damaged(self) -> dict[str, str]:
-        """Shards whose files are gone or cut short: name -> fault."""
-        return self._reader.damaged
 
     def features(self, ids: Sequence[int] | Tensor | None = None) -> Tensor:
         """Features [n, P, D] of the clips asked for, in that order; of all of them when None. ValueError for one not there."""
         chosen = self.ids if ids is None else ids.tolist() if isinstance(ids, Tensor) else ids
         return self._reader.rows("features", chosen)
-
-    def verify(self) -> dict[str, str]:
-        """Read every shard through and compare with its sha256. Returns shard -> fault, for those that are damaged."""
-        return self._reader.verify()

@@ -186,7 +186,7 @@ class Block(nn.Module):
 
     def adapted(self, adapter: nn.Module | None, x: Tensor, layout: "FrameLayout | None") -> Tensor:
         """x [T, D] through an adapter that runs, over the frames of a layout where there is one."""
-        return adapter(x) if layout is None else adapter.run(x, layout)  # type: ignore[operator,misc,union-attr]
+        return adapter(x) if layout is None else adapter.run(x, layout)  # type: ignore[operator,misc,union-attr]  # one that runs
 
     def _scaled(self, branch: Tensor, gamma: Tensor | None, pack: Pack, rows: Tensor | None) -> Tensor:
         """LayerScale, and stochastic depth: the branch of a whole sequence dropped (Huang et al., ECCV 2016)."""

@@ -24,7 +24,7 @@ from .extract import PRECISIONS, Report, autocast, one_of, run_sharded, weights_
 from .m2clip import M2CLIP
 from .m2clip_losses import class_cosines
 from .masks import Grid, Pack, kept_per_slot, sample_pack
-from .shards import ShardReader
+from .stored import StoredClips
 from .vit import MaskedViT, video_grid
 
 Model = MaskedViT | M2CLIP | CLIP | EVL
@@ -153,27 +153,10 @@ def encode_views(
         model.train(training)
 
 
-class ViewScores:
+class ViewScores(StoredClips):
     """What `encode_views` has put into a folder, as scores. Raises ValueError for a folder of anything else."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._reader = ShardReader(folder)
-        if self._reader.settings.get("what") != "views":
-            raise ValueError(f"{folder}: holds {self._reader.settings.get('what')}, not views")
-        self.settings = self._reader.settings
-
-    def __contains__(self, clip_id: int) -> bool:
-        return clip_id in self._reader
-
-    @property
-    def ids(self) -> list[int]:
-        """Clip ids, ascending."""
-        return self._reader.ids
-
-    @property
-    def failed(self) -> dict[int, tuple[str, str]]:
-        """Clips that could not be read: id -> (name, reason)."""
-        return self._reader.failed
+    what = "views"
 
     def by_class(self, ids: Sequence[int]) -> Tensor:
         """Probabilities of the class head, fp32 [C, K]: of an M2CLIP, MaskedViT or EVL."""

@@ -50,7 +50,7 @@ class EnsembleProgram(nn.Module):
         """video: [B, C, F, H, W] as model.ensemble's.   clip_ids: int64 [B].   seed: int64 [].   Returns fp32 [B, K]."""
         length = self.grid[0] * self.kept
         # The reference takes a seed on the device as it takes a number.
-        ids = sample_keep_ref(clip_ids, self.views, self.grid, self.kept, seed).flatten().long()  # type: ignore[arg-type]
+        ids = sample_keep_ref(clip_ids, self.views, self.grid, self.kept, seed).flatten().long()  # type: ignore[arg-type]  # a seed that is a tensor
         clips = torch.arange(video.shape[0], device=video.device).repeat_interleave(self.views * length)
         x = self._embed(video, ids, clips).unflatten(0, (-1, length))
         for block in self.fused.blocks:

@@ -104,7 +104,7 @@ class Quantizable(nn.Module):
     def quantization(self) -> int:
         """A number of its own for every form the weights were rounded to; ValueError where they have changed since."""
         for block in self._quantized_blocks():
-            block.quantized.check_weights(block)  # type: ignore[union-attr]
+            block.quantized.check_weights(block)  # type: ignore[union-attr]  # every block has one
         return self._number
 
     def _quantized_blocks(self) -> list["Block"]:

@@ -122,7 +122,7 @@ def _arch(device: torch.device) -> int:
 
 
 # All that torch.compiler.assume_constant_result does, which would import torch.compile, a second, into every process.
-_arch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_arch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take attributes
 
 
 @functools.cache
