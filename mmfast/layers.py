@@ -56,10 +56,18 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None = None, seen: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        pack: Pack,
+        rows: Tensor | None = None,
+        seen: list[Tensor] | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """x: [T, D]. rows: int [S], a token of each sequence to compute alone, over all of its sequence: of a causal one
-        the last. seen: a list that takes the packed product [T, 3, H, d]. Returns [T, D] or [S, D]."""
-        bias = self.joint_bias()
+        the last. seen: a list that takes the packed product [T, 3, H, d]. bias: joint_bias(), where it is at hand. Returns
+        [T, D] or [S, D]."""
+        bias = self.joint_bias() if bias is None else bias
         if rows is not None:
             return self.proj(self._of_rows(x, pack, rows, bias).flatten(1))
         qkv = linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
@@ -111,8 +119,8 @@ class Block(nn.Module):
     after a block in fp8), and returns the same two, so that every addition is fused with the norm that follows it, and every
     parameter is used inside its own block. Adapters, residual included, stand where they are set: `adapter_pre_attn`,
     `adapter_pre_mlp`. layout, where the adapters run over frames: how x is laid out in them. rows: int [S], a token of each
-    sequence, which alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed. seen:
-    as Attention's.
+    sequence, which alone leave the block, [S, D] both: what follows reads no others, so neither is their MLP computed. seen
+    and bias: as Attention's.
     """
 
     adapter_pre_attn: nn.Module | None
@@ -152,6 +160,7 @@ class Block(nn.Module):
         layout: "FrameLayout | None" = None,
         rows: Tensor | None = None,
         seen: list[Tensor] | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if self.quantized is not None:
             if rows is not None:
@@ -159,7 +168,7 @@ class Block(nn.Module):
             return self.quantized(self, x, branch, pack, layout, seen)
         with profiling.range("attention"):
             x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
-            branch = self._scaled(self.attn(h, pack, rows, seen), self.gamma_1, pack, rows)
+            branch = self._scaled(self.attn(h, pack, rows, seen, bias), self.gamma_1, pack, rows)
         if rows is not None:
             x, layout = x.index_select(0, rows), None
         with profiling.range("mlp"):
@@ -197,6 +206,28 @@ class Block(nn.Module):
             scale = branch.new_empty(pack.num_sequences, 1).bernoulli_(keep) / keep
             branch = branch * (pack.per_token(scale) if rows is None else scale)
         return branch
+
+
+def joint_biases(blocks: nn.ModuleList) -> Sequence[Tensor | None]:
+    """Every block's joint_bias, in two launches for all of them instead of two for each; None where a block makes its own.
+
+    Only without gradients, and where the blocks hold their parameters themselves, on one device.
+    """
+    own: list[Tensor | None] = [None] * len(blocks)
+    if torch.is_grad_enabled():
+        return own
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for block in blocks:
+        if type(block) is not Block or type(block.attn) is not Attention or block.quantized is not None:
+            return own  # sharded ones have a class of their own
+        q_bias, v_bias = block.attn.q_bias, block.attn.v_bias
+        if q_bias is None or v_bias is None:
+            return own
+        pairs.append((q_bias, v_bias))
+    if len({(bias.device, bias.dtype) for pair in pairs for bias in pair}) != 1 or pairs[0][0].is_meta:
+        return own
+    none = torch.zeros_like(pairs[0][0])
+    return torch.cat([part for q_bias, v_bias in pairs for part in (q_bias, none, v_bias)]).chunk(len(pairs))
 
 
 def set_recompute(blocks: nn.ModuleList, enable: bool, what: str) -> bool:

@@ -23,6 +23,7 @@ from .layers import (
     Constant,
     LayerNorm,
     Linear,
+    joint_biases,
     pixel_affine,
     resize_positions,
     run_block,
@@ -401,9 +402,9 @@ class MaskedViT(Quantizable, Fusible):
         branch, layout = None, self._layout(pack, grid or self.config.grid)
         if self.fused is not None:
             return self.fused(x, pack, layout), None
-        for i, block in enumerate(self.blocks):
+        for i, (block, bias) in enumerate(zip(self.blocks, joint_biases(self.blocks), strict=True)):
             with profiling.range(f"block{i}"):
-                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
+                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout, None, None, bias)
         return x, branch
 
     def _normed(self, stream: Stream) -> Tensor:

@@ -90,8 +90,9 @@ def test_every_baseline_has_every_case(part: str) -> None:
 
 @needs_triton
 @not_interpreting
-def test_a_fused_layer_launches_seven_kernels_at_most() -> None:
-    layer, _ = perf_models.layer_and_rest(FUSED)
+@pytest.mark.parametrize("case", [PLAIN, FUSED])
+def test_a_layer_launches_seven_kernels_at_most(case: str) -> None:
+    layer, _ = perf_models.layer_and_rest(case)
     assert layer.ops.total() <= 7, layer.ops
 
 

@@ -12,6 +12,7 @@ from plain import logits as plain_logits
 from plain import tokens as plain_tokens
 
 from mmfast import MaskedViT, ViTConfig, pack_masks, random_masks, sample_pack, tube_masks
+from mmfast.layers import Block, joint_biases
 
 TOLERANCE = 1e-5
 GEOMETRY = {
@@ -52,6 +53,38 @@ def test_logits_equal_the_published_model(modality: str, pooling: dict, masked: 
     with torch.no_grad():
         got = model(video, mask)
     assert relative_error(got, plain_logits(model.config, model.state_dict(), video, mask)) <= TOLERANCE
+
+
+def test_biases_of_all_blocks_made_together_are_each_blocks_own() -> None:
+    blocks = make().blocks
+    with torch.no_grad():
+        for bias, block in zip(joint_biases(blocks), blocks, strict=True):
+            assert bias is not None
+            assert torch.equal(bias, block.attn.joint_bias())
+
+
+def test_blocks_that_are_not_plainly_ours_make_their_own_biases() -> None:
+    class Sharded(Block):
+        """As FSDP does it: the block's class is another one, which gathers the parameters for its forward alone."""
+
+    sharded, offloaded = make().blocks, make().blocks
+    sharded[1].__class__ = Sharded
+    offloaded[1].to("meta")
+    with torch.no_grad():
+        for blocks in (sharded, offloaded, make(qkv_bias="full").blocks):
+            assert list(joint_biases(blocks)) == [None] * len(blocks)
+    assert list(joint_biases(make().blocks)) == [None] * 3, "where a gradient is wanted"
+
+
+def test_a_forward_pass_follows_biases_that_change_in_place() -> None:
+    model = make()
+    video = clips(model)
+    with torch.no_grad():
+        before = model(video)
+        model.blocks[1].attn.q_bias.data.add_(1.0)
+        after = model(video)
+    assert not torch.equal(before, after)
+    assert relative_error(after, plain_logits(model.config, model.state_dict(), video, None)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("qkv_bias", ["qv", "full", "none"])
