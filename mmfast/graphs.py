@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmfast_kernels.backends import forced
 from mmfast_kernels.dispatch import tf32_allowed
+from mmfast_kernels.overlap import overlaps
 
 from .masks import Pack
 
@@ -77,6 +78,7 @@ def _key(model: Any, pixels: Tensor, row_of: Tensor | None, pack: Pack) -> tuple
     modes = (
         autocast,
         forced(),
+        overlaps(pixels.device),
         tf32_allowed(),
         torch.is_inference_mode_enabled(),
         getattr(model, "use_adapters", False),

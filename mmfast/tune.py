@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mmfast_kernels import backends, tables, tuned
+from mmfast_kernels import backends, overlap, tables, tuned
 from mmfast_kernels.attention import packed_self_attention
 from mmfast_kernels.tables import Timed
 
@@ -26,6 +26,7 @@ from .masks import kept_per_slot, sample_pack
 from .vit import MaskedViT
 
 ATTENTION = "attention_backends"
+OVERLAP = "overlap"
 _DTYPES = {tables.dtype_name(dtype): dtype for dtype in (*backends.HALF, torch.float32)}
 _TOKENS = 16_384  # that attention's backends are timed on
 
@@ -89,6 +90,9 @@ def tune(
             timed = time_backends(dict(case), torch.device(device))
             if len(timed) > 1:
                 rows.setdefault(ATTENTION, []).append(_row(case, timed))
+    arch = tables.arch_of(torch.device(device))
+    if arch >= 90:
+        rows[OVERLAP] = [_row((("arch", arch),), time_overlap(jobs))]
     dropped = {}
     for op in list(rows):
         if fault := _changes({op: rows[op]}, jobs, before):
@@ -130,6 +134,7 @@ class Job:
         shape = (clips, c.in_chans, c.num_frames, *c.frame_size)
         self.video = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
         self.pack = sample_pack(clips, workload.views, c.grid, workload.mask_ratio, seed=0, device=device)
+        self.single = sample_pack(1, workload.views, c.grid, workload.mask_ratio, seed=0, device=device)
         self.pretrained: MaskedAutoencoder | None = None
         if workload.train and model.config.in_chans == 3 and workload.mask_ratio:
             with contextlib.suppress(ValueError):  # a size without a published decoder
@@ -146,6 +151,10 @@ class Job:
             if self.pretrained is not None:
                 found.append(self._step(self.pretrained, self._reconstructed))
         return found
+
+    def one_clip(self) -> Tensor:
+        """The logits of the first clip's views."""
+        return self.model(self.video[:1], self.single)
 
     def _classified(self) -> Tensor:
         logits = self.model(self.video, self.pack)
@@ -207,6 +216,23 @@ def time_backends(case: Mapping[str, Any], device: torch.device) -> list[Timed]:
     return timed
 
 
+def time_overlap(jobs: Sequence[Job]) -> list[Timed]:
+    """One clip of every job, one after another in a CUDA graph, first without and then with kernels that overlap."""
+    timed = []
+    for on in (False, True):
+        config = {"on": on}
+        with _tables({OVERLAP: [{"when": {}, "config": config}]}):
+            captured: list[torch.cuda.CUDAGraph] = []
+
+            def run(_: Mapping[str, Any], captured: list[torch.cuda.CUDAGraph] = captured) -> None:
+                if not captured:
+                    captured.append(_captured(jobs))
+                captured[0].replay()
+
+            timed.append(tables.measure(run, config))
+    return timed
+
+
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
@@ -221,9 +247,24 @@ def _tables(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[None]:
         _reload()
 
 
+@torch.no_grad()
+def _captured(jobs: Sequence[Job]) -> torch.cuda.CUDAGraph:
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for job in jobs:  # compiles
+            job.one_clip()
+    current.wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        for job in jobs:
+            job.one_clip()
+    return graph
+
+
 def _reload() -> None:
     tables.reload()
     backends._choose.cache_clear()
+    overlap.overlaps.cache_clear()
 
 
 def _row(case: tuple[tuple[str, Any], ...], timed: Sequence[Timed]) -> dict[str, Any]:

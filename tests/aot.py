@@ -25,6 +25,7 @@ ARCHS = (80, 90)
 SMEM_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes one block may use
 SMEM_PER_SM = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 REGS_PER_SM = 65536
+OVERLAP = False  # of kernels that may overlap the one before them, unless a test says
 
 needs_compiler = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="kernels defined under TRITON_INTERPRET=1 cannot be compiled"
@@ -98,6 +99,8 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     names = list(kernel.arg_names)
+    if "OVERLAP" in names:
+        constexprs = {"OVERLAP": OVERLAP} | dict(constexprs)
     odd = {n for n in names if (n in signature) == (n in constexprs)} | ({*signature, *constexprs} - set(names))
     assert not odd, f"{kernel.__name__}: give exactly one of signature and constexprs for {sorted(odd)}"
     source = ASTSource(

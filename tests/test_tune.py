@@ -15,7 +15,7 @@ from mmfast import MaskedViT, ViTConfig
 from mmfast import tune as tuning
 from mmfast.cli import main
 from mmfast.tune import Found, Job, Workload, best, tune
-from mmfast_kernels import backends, tables, tuned
+from mmfast_kernels import backends, overlap, tables, tuned
 from mmfast_kernels.tables import Timed
 
 MACHINE = {"gpu": "NVIDIA H200", "triton": "3.6.0"}
@@ -137,6 +137,28 @@ def test_backends_of_attention_are_ordered_by_what_they_take(here: Path, monkeyp
     case = backends.Case(CPU, torch.float32, 16, row["when"]["n"], row["when"]["n"])
     assert backends.choose(case)[0] == "torch"
     assert backends.choose(case._replace(n_q=99, n_k=99))[0] == "cpp"
+
+
+def test_overlap_is_measured_on_whole_passes_without_it_and_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.on = overlap.overlaps(torch.device("cuda", 0))
+
+        def replay(self) -> None:
+            replayed.append(self.on)
+
+    def measured(run: Any, config: Mapping[str, Any]) -> Timed:
+        run(config)
+        run(config)
+        return Timed(config, 1.0 if config["on"] else 2.0, 0.1)
+
+    replayed: list[bool] = []
+    monkeypatch.setattr(tables, "arch_of", lambda device: 90)
+    monkeypatch.setattr(tables, "measure", measured)
+    monkeypatch.setattr(tuning, "_captured", lambda jobs: Graph())
+    timed = tuning.time_overlap([])
+    assert replayed == [False, False, True, True]
+    assert best(timed).config == {"on": True}
 
 
 def test_a_backend_that_is_wrong_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:

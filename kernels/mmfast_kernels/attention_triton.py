@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import tf32_allowed
+from mmfast_kernels.overlap import launch_options
+from mmfast_kernels.overlap_triton import begin
 
 LOG2_E = math.log2(math.e)
 LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -126,7 +128,9 @@ def _fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # width of the masked steps
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     head = (pid // tiles) % heads
     sequence = pid // tiles // heads
@@ -238,7 +242,7 @@ def attention(
             D_MAIN=main, D_REST=rest, VARLEN=cu_q is not None, CAUSAL=causal, WITH_LSE=with_lse,
             PRECISION="ieee" if exact else "tf32", BLOCK_M=config["BLOCK_M"], BLOCK_N=config["BLOCK_N"],
             TAIL=tail_width(longest_k, config["BLOCK_N"]) if one_tail else config["TAIL"],
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            num_warps=config["num_warps"], num_stages=config["num_stages"], **launch_options(q.device),
         )  # fmt: skip
 
     with torch.cuda.device_of(q):

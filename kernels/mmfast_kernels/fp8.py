@@ -27,6 +27,7 @@ from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, register, use_kernel
 from mmfast_kernels.mlp import MODES, describable, gelu_ref, sm_count
 from mmfast_kernels.norm import MAX_COLUMNS, dense_rows, geometry
+from mmfast_kernels.overlap import launch_options
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -88,12 +89,12 @@ def _rows(
         constants = geometry(d, config)
         fp8_triton.fp8_rows_kernel[(-(-n_rows // constants["ROWS"]),)](
             x, branch, weight, bias, bound, total, values, scale, rest[0] if rest else None,
-            x.stride(0), 0 if branch is None else branch.stride(0), n_rows, eps, **constants, **_overlap(config),
+            x.stride(0), 0 if branch is None else branch.stride(0), n_rows, eps, **constants, **launch_options(x.device),
         )  # fmt: skip
 
     if n_rows:
         with torch.cuda.device_of(x):
-            run(tables.config("fp8_rows", run, arch=tables.arch_of(x.device), d=d))
+            run(tables.config("fp8_rows", run, d=d))
     return outputs
 
 
@@ -134,8 +135,8 @@ def launch(
     (m, k), n = rows.shape, weight.shape[0]
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     tiles = math.ceil(m / bm) * math.ceil(n / bn)
-    options = {key: value for key, value in config.items() if key not in ("kernel", "blocks_per_sm", "overlap")}
-    options |= _overlap(config) | {"GELU": gelu, "APPROX": y.dtype != torch.float32 and y.is_cuda}
+    options = {key: value for key, value in config.items() if key not in ("kernel", "blocks_per_sm")}
+    options |= launch_options(y.device) | {"GELU": gelu, "APPROX": y.dtype != torch.float32 and y.is_cuda}
     rest = (scale, weight_scale, bias, out_scale, m, n, k)
     if config["kernel"] == "descriptor":
         x_desc, w_desc, y_desc = (
@@ -292,12 +293,6 @@ def fp8_linear_gelu(rows: Fp8Rows, weight: Fp8Weight, gelu: str = "tanh") -> Fp8
         raise ValueError("fp8_linear_gelu: rows must be made with before=weight")
     values = fp8_linear_op(rows.values, rows.scale, *weight[:3], None, gelu, rows.bound, torch.float32)
     return Fp8Rows(values, rows.bound)
-
-
-def _overlap(config: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether to start while the kernel before ends (programmatic dependent launch)."""
-    on = config.get("overlap", False)
-    return {"OVERLAP": on, "launch_pdl": True} if on else {"OVERLAP": False}
 
 
 def _check_device(device: torch.device) -> None:

@@ -1,23 +1,12 @@
-"""Triton kernels of fp8.py: rows rounded to e4m3, and a product of such rows over tensor descriptors or over pointers.
-
-OVERLAP, of sm_90 and later: a kernel launched with launch_pdl starts while the one before it ends, and touches memory only when
-that one and all it wrote are done.
-"""
+"""Triton kernels of fp8.py: rows rounded to e4m3, and a product of such rows over tensor descriptors or over pointers."""
 
 # mypy: disable-error-code="assignment"
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mmfast_kernels.mlp_triton import gelu
 from mmfast_kernels.norm_triton import load_columns, load_rows, row_statistics, store_piece
-
-
-@triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+from mmfast_kernels.overlap_triton import begin
 
 
 @triton.jit
@@ -40,7 +29,7 @@ def fp8_rows_kernel(
     ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    _begin(OVERLAP)
+    begin(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     pieces = load_rows(x_ptr, rows, x_stride, live, D, CHUNK)
@@ -118,7 +107,7 @@ def fp8_linear_descriptor_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Persistent: each program walks over tiles, those of one block of rows first, so that x is read from L2."""
-    _begin(OVERLAP)
+    begin(OVERLAP)
     tiles_n = tl.cdiv(n_cols, BN)
     first = (
         tl.program_id(0).to(tl.int64).to(tl.int32)
@@ -164,7 +153,7 @@ def fp8_linear_kernel(
     BK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    _begin(OVERLAP)
+    begin(OVERLAP)
     tiles_n = tl.cdiv(n_cols, BN)
     tile = tl.program_id(0).to(tl.int64)
     rows = tile // tiles_n * BM + tl.arange(0, BM)

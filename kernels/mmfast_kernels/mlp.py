@@ -22,6 +22,7 @@ from torch import Tensor
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, needs_grad, register, tf32_allowed, use_kernel
 from mmfast_kernels.linear import differentiating_twice, grads_by_torch, linear, linear_erf_gelu
+from mmfast_kernels.overlap import launch_options
 
 if HAVE_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -63,6 +64,7 @@ def launch(
     tiles = math.ceil(m / bm) * math.ceil(n / bn)
     approx = x.dtype != torch.float32 and x.is_cuda
     options = {key: value for key, value in config.items() if key not in ("kernel", "blocks_per_sm")}
+    options |= launch_options(x.device)
     if config["kernel"] == "descriptor":
         blocks = [(x, [bm, bk]), (weight, [bn, bk]), (y, [bm, bn // 2])]
         descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in blocks]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mmfast_kernels.overlap_triton import begin
+
 
 @triton.jit
 def tanh(x, APPROX: tl.constexpr):
@@ -61,8 +63,10 @@ def linear_gelu_descriptor_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     FLATTEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Persistent: each program walks over tiles, those of one block of rows first, so that x is read from L2."""
+    begin(OVERLAP)
     tiles_n = tl.cdiv(n_cols, BN)
     first = (
         tl.program_id(0).to(tl.int64).to(tl.int32)
@@ -98,7 +102,9 @@ def linear_gelu_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     tiles_n = tl.cdiv(n_cols, BN)
     tile = tl.program_id(0).to(tl.int64)
     rows = tile // tiles_n * BM + tl.arange(0, BM)

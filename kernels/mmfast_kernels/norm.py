@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, needs_grad, register, use_kernel
+from mmfast_kernels.overlap import launch_options
 
 if HAVE_TRITON:
     from mmfast_kernels import norm_backward_triton, norm_triton
@@ -86,7 +87,7 @@ def _fwd(
         constants = geometry(d, config)
         norm_triton.norm_kernel[(-(-n_rows // constants["ROWS"]),)](
             x, branch, gamma, weight, bias, total, y, mean, rstd,
-            x.stride(0), 0 if branch is None else branch.stride(0), n_rows, eps, **constants,
+            x.stride(0), 0 if branch is None else branch.stride(0), n_rows, eps, **constants, **launch_options(x.device),
         )  # fmt: skip
 
     if n_rows:

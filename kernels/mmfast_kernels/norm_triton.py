@@ -8,6 +8,8 @@ A program takes ROWS rows. A row is held in registers as a tuple of pieces of CH
 import triton
 import triton.language as tl
 
+from mmfast_kernels.overlap_triton import begin
+
 
 @triton.jit
 def _piece_mask(live, START: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
@@ -84,7 +86,9 @@ def norm_kernel(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     pieces = load_rows(x_ptr, rows, x_stride, live, D, CHUNK)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmfast_kernels import tables
 from mmfast_kernels.dispatch import HAVE_TRITON, needs_grad, register, use_kernel
 from mmfast_kernels.norm import MAX_COLUMNS, dense_rows, geometry, y_dtype
+from mmfast_kernels.overlap import launch_options
 
 if HAVE_TRITON:
     from mmfast_kernels import standardise_triton
@@ -30,7 +31,7 @@ def _fwd(x: Tensor, carry: Tensor | None, eps: float, dtype: torch.dtype) -> Ten
     def run(config: Mapping[str, Any]) -> None:
         constants = geometry(d, config)
         standardise_triton.standardise_kernel[(-(-n_rows // constants["ROWS"]),)](
-            x, carry, y, x.stride(0), n_rows, eps, **constants
+            x, carry, y, x.stride(0), n_rows, eps, **constants, **launch_options(x.device)
         )
 
     if n_rows:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from mmfast_kernels.norm_triton import load_columns, load_rows, row_statistics, store_piece
+from mmfast_kernels.overlap_triton import begin
 
 
 @triton.jit
@@ -18,7 +19,9 @@ def standardise_kernel(
     D: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = rows < n_rows
     pieces = load_rows(x_ptr, rows, x_stride, live, D, CHUNK)
