@@ -23,7 +23,7 @@ from mmfast_kernels.mlp import linear_gelu
 from mmfast_kernels.standardise import standardise
 
 from . import profiling
-from .layers import Block, Constant, LayerNorm, Linear
+from .layers import Block, Constant, LayerNorm, Linear, mean_with_product
 from .masks import Pack
 
 if TYPE_CHECKING:
@@ -98,6 +98,20 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack, layout: "FrameLayout | None", carrying: bool) -> Tensor:
         """x [T, D] after the block, in x's place. carrying: x is without the biases of proj and fc2."""
+        x = self._attended(x, pack, layout, carrying)
+        with profiling.range("mlp"):
+            x, hidden = self._hidden(x, layout, carrying)
+            return _add(x, hidden, self.fc2, carrying)
+
+    def forward_mean(self, x: Tensor, pack: Pack, layout: "FrameLayout | None", carrying: bool) -> Tensor:
+        """As Block's, of what forward leaves."""
+        assert pack.length is not None
+        x = self._attended(x, pack, layout, carrying)
+        with profiling.range("mlp"):
+            x, hidden = self._hidden(x, layout, carrying)
+            return mean_with_product(x, hidden, pack.length, self.fc2.weight, None if carrying else self.fc2.bias)
+
+    def _attended(self, x: Tensor, pack: Pack, layout: "FrameLayout | None", carrying: bool) -> Tensor:
         block = self._block[0]
         with profiling.range("attention"):
             x, h = self._normed(0, block.norm1, block.adapter_pre_attn, x, layout, carrying)
@@ -109,10 +123,12 @@ class FusedBlock(nn.Module):
                 max_length=pack.max_length,
                 causal=block.attn.causal,
             )
-            x = _add(x, out.flatten(1), self.proj, carrying)
-        with profiling.range("mlp"):
-            x, h = self._normed(1, block.norm2, block.adapter_pre_mlp, x, layout, carrying)
-            return _add(x, linear_gelu(h, *self.fc1.operands(h), self.gelu), self.fc2, carrying)
+            return _add(x, out.flatten(1), self.proj, carrying)
+
+    def _hidden(self, x: Tensor, layout: "FrameLayout | None", carrying: bool) -> tuple[Tensor, Tensor]:
+        block = self._block[0]
+        x, h = self._normed(1, block.norm2, block.adapter_pre_mlp, x, layout, carrying)
+        return x, linear_gelu(h, *self.fc1.operands(h), self.gelu)
 
     def _normed(
         self,
@@ -151,16 +167,29 @@ class FusedBlocks(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack, layout: "FrameLayout | None" = None) -> Tensor:
         """The stream [T, D] after the last block, of x [T, D], which stays as it is. ValueError where a gradient is wanted."""
+        x, carrying = self._through(x, pack, layout, len(self.blocks))
+        return x.add_(self.carry()) if carrying and self._blocks else x
+
+    def forward_mean(self, x: Tensor, pack: Pack, layout: "FrameLayout | None" = None) -> Tensor:
+        """The mean [S, D] of that stream over each sequence, in fp32."""
+        last = len(self.blocks) - 1
+        x, carrying = self._through(x, pack, layout, last)
+        with profiling.range(f"block{last}"):
+            mean = self.blocks[last].forward_mean(x, pack, layout, carrying)  # type: ignore[operator]  # a FusedBlock's
+        return mean + self.carry() if carrying else mean
+
+    def _through(self, x: Tensor, pack: Pack, layout: "FrameLayout | None", count: int) -> tuple[Tensor, bool]:
+        """The stream after the first `count` blocks, and whether it is without the biases of proj and fc2."""
         if torch.is_grad_enabled() and needs_grad(x, *(p for block in self._blocks for p in block.parameters())):
             raise ValueError(
                 "the model is fused for inference and has no gradients: call it under torch.no_grad(), or unfuse() it"
             )
         carrying = use_kernel(x)
         x = x.clone()
-        for i, block in enumerate(self.blocks):
+        for i in range(count):
             with profiling.range(f"block{i}"):
-                x = block(x, pack, layout, carrying)
-        return x.add_(self.carry()) if carrying and self._blocks else x
+                x = self.blocks[i](x, pack, layout, carrying)
+        return x, carrying
 
     def _apply(self, *args: Any, **options: Any) -> Self:
         self.generation = next(_generations)

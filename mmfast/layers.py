@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mmfast_kernels.attention import packed_attention, packed_self_attention
 from mmfast_kernels.linear import linear
+from mmfast_kernels.mlp import linear_gelu
 from mmfast_kernels.mlp_block import mlp
 from mmfast_kernels.norm import add_layer_norm, layer_norm
+from mmfast_kernels.pool import segment_mean
 
 from . import profiling
 from .masks import Grid, Pack
@@ -166,14 +168,42 @@ class Block(nn.Module):
             if rows is not None:
                 raise ValueError(f"a block in {self.quantized.kind} computes all tokens; rows must be None")
             return self.quantized(self, x, branch, pack, layout, seen)
-        with profiling.range("attention"):
-            x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
-            branch = self._scaled(self.attn(h, pack, rows, seen, bias), self.gamma_1, pack, rows)
-        if rows is not None:
-            x, layout = x.index_select(0, rows), None
+        x, branch = self._attended(x, branch, pack, layout, rows, seen, bias)
+        layout = layout if rows is None else None
         with profiling.range("mlp"):
             x, h = self._normed(self.norm2, self.adapter_pre_mlp, x, branch, layout)
             return x, self._scaled(self.mlp(h), self.gamma_2, pack, rows)
+
+    def forward_mean(
+        self, x: Tensor, branch: Tensor | None, pack: Pack, layout: "FrameLayout | None", bias: Tensor | None
+    ) -> Tensor:
+        """The mean over each sequence of the stream that forward leaves, its branch added: [S, D] fp32, for inference.
+
+        A mean of products is the product of the mean: fc2 takes one row a sequence. The pack's lengths must be equal.
+        """
+        assert pack.length is not None
+        x, branch = self._attended(x, branch, pack, layout, None, None, bias)
+        with profiling.range("mlp"):
+            x, h = self._normed(self.norm2, self.adapter_pre_mlp, x, branch, layout)
+            fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+            hidden = linear_gelu(h, fc1.weight, fc1.bias, self.mlp.gelu)
+            return mean_with_product(x, hidden, pack.length, fc2.weight, fc2.bias, self.gamma_2)
+
+    def _attended(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        pack: Pack,
+        layout: "FrameLayout | None",
+        rows: Tensor | None,
+        seen: list[Tensor] | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream, of the rows if only they go on, and attention's branch."""
+        with profiling.range("attention"):
+            x, h = self._normed(self.norm1, self.adapter_pre_attn, x, branch, layout)
+            branch = self._scaled(self.attn(h, pack, rows, seen, bias), self.gamma_1, pack, rows)
+        return x if rows is None else x.index_select(0, rows), branch
 
     def _normed(
         self,
@@ -206,6 +236,28 @@ class Block(nn.Module):
             scale = branch.new_empty(pack.num_sequences, 1).bernoulli_(keep) / keep
             branch = branch * (pack.per_token(scale) if rows is None else scale)
         return branch
+
+
+def mean_with_product(
+    x: Tensor, hidden: Tensor, length: int, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None
+) -> Tensor:
+    """The mean over sequences of `length` tokens of x + gamma (hidden W^T + b), fp32.   x: [T, D]. hidden: [T, K]."""
+    mean = segment_mean(hidden, length)
+    with torch.autocast(x.device.type, enabled=False):
+        product = F.linear(mean, weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype))
+    return segment_mean(x, length) + (product if gamma is None else product * gamma)
+
+
+def is_bare(block: nn.Module) -> bool:
+    """Whether a block is what this module makes, and nobody listens to what goes through it."""
+    return (
+        type(block) is Block
+        and type(block.attn) is Attention
+        and type(block.mlp) is Mlp
+        and type(block.mlp.fc2) is Linear
+        and block.quantized is None
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+    )
 
 
 def joint_biases(blocks: nn.ModuleList) -> Sequence[Tensor | None]:

@@ -23,6 +23,7 @@ from .layers import (
     Constant,
     LayerNorm,
     Linear,
+    is_bare,
     joint_biases,
     pixel_affine,
     resize_positions,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Mask = Tensor | Pack | None
 Stream = tuple[Tensor, Tensor | None]
+MEAN_TOKENS = 8_192  # fewer than this keep a GPU busy for less time than two more launches take
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,7 @@ class MaskedViT(Quantizable, Fusible):
     def encode(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Pooled features: [B, D]; [B, P, D] for a [B, P, N] mask; [S, D] for a Pack."""
         pack, lead = self.pack(video, mask)
-        stream = self._encode(self.embed(video, pack), pack, self.check_video(video))
-        return self._pool(stream, pack).unflatten(0, lead)
+        return self._features(self.embed(video, pack), pack, self.check_video(video)).unflatten(0, lead)
 
     def forward_features(self, video: Tensor, mask: Mask = None) -> Tensor:
         """Tokens after the final norm, ascending ids: [B, n, D]; [B, P, n, D] for a [B, P, N] mask. Needs equal counts."""
@@ -263,7 +264,7 @@ class MaskedViT(Quantizable, Fusible):
 
     def logits(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Tensor:
         """Logits [S, K] of embedded tokens [T, D].   grid: of the videos, unless config's."""
-        return self.head(self._dropout(self._pool(self._encode(x, pack, grid), pack)))
+        return self.head(self._dropout(self._features(x, pack, grid)))
 
     def check_masks(self, masks: Tensor, grid: Grid) -> None:
         """Raise ValueError where the adapters cannot run under masks [.., N]."""
@@ -397,14 +398,49 @@ class MaskedViT(Quantizable, Fusible):
         capturing = pack.keep_idx.is_cuda and torch.cuda.is_current_stream_capturing()
         return FrameLayout.of_pack(pack, grid, check=not pack.tubes and not capturing)
 
+    def _features(self, x: Tensor, pack: Pack, grid: Grid | None) -> Tensor:
+        """Pooled features [S, D] of embedded tokens [T, D]."""
+        if not self._means_suffice(pack):
+            return self._pool(self._encode(x, pack, grid), pack)
+        layout = self._layout(pack, grid or self.config.grid)
+        if self.fused is not None:
+            mean = self.fused.forward_mean(x, pack, layout)
+        else:
+            biases, last = joint_biases(self.blocks), len(self.blocks) - 1
+            stream = self._through(x, pack, layout, biases[:-1])
+            with profiling.range(f"block{last}"):
+                mean = self.blocks[last].forward_mean(*stream, pack, layout, biases[last])  # type: ignore[operator]  # a Block's
+        with profiling.range("pool"):
+            return mean.to(x.dtype) if self.fc_norm is None else self.fc_norm(mean, x.dtype)
+
+    def _means_suffice(self, pack: Pack) -> bool:
+        """Whether the last block's tokens are read for nothing but their means, and few means stand for many tokens."""
+        last = self.blocks[-1]
+        return (
+            self.config.pool == "mean"
+            and self.norm is None
+            and pack.length is not None
+            and not self.training
+            and not torch.is_grad_enabled()
+            and (self.fused is not None or is_bare(last))
+            and (self._device.type != "cuda" or pack.num_tokens >= MEAN_TOKENS)
+        )
+
     def _encode(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Stream:
         """The residual stream after the last block, and the branch still to be added to it, if any."""
-        branch, layout = None, self._layout(pack, grid or self.config.grid)
+        layout = self._layout(pack, grid or self.config.grid)
         if self.fused is not None:
             return self.fused(x, pack, layout), None
-        for i, (block, bias) in enumerate(zip(self.blocks, joint_biases(self.blocks), strict=True)):
+        return self._through(x, pack, layout, joint_biases(self.blocks))
+
+    def _through(self, x: Tensor, pack: Pack, layout: FrameLayout | None, biases: Sequence[Tensor | None]) -> Stream:
+        """As _encode, after the first blocks, whose biases are given."""
+        branch = None
+        for i, bias in enumerate(biases):
             with profiling.range(f"block{i}"):
-                x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout, None, None, bias)
+                x, branch = run_block(
+                    self.blocks[i], x, branch, pack, self.grad_checkpointing, layout, None, None, bias
+                )
         return x, branch
 
     def _normed(self, stream: Stream) -> Tensor:

@@ -14,6 +14,7 @@ from mmfast_kernels.pool import (
     ensemble_probs,
     ensemble_probs_ref,
     pool_op,
+    segment_mean,
     segment_mean_norm,
     segment_mean_norm_ref,
 )
@@ -61,6 +62,16 @@ def test_unequal_lengths(norms: str, d: int, device: str, dtype: torch.dtype, po
 def test_equal_lengths(sequences: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     x, params = inputs(40, 10 * sequences, dtype, device)
     check(x, None, params, length=10)
+
+
+@pytest.mark.parametrize(("device", "dtype"), KERNEL)
+@pytest.mark.parametrize("sequences", [0, 3])
+def test_means_unrounded(sequences: int, device: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    x, _ = inputs(40, 10 * sequences, dtype, device)
+    got = segment_mean(x, 10)
+    assert got.dtype == torch.float32
+    plain = x.view(-1, 10, 40).mean(1, dtype=torch.float32)
+    assert_close_to_truth("mean", got, plain, x.view(-1, 10, 40).double().mean(1))
 
 
 @pytest.mark.gpu

@@ -55,6 +55,19 @@ def test_logits_equal_the_published_model(modality: str, pooling: dict, masked: 
     assert relative_error(got, plain_logits(model.config, model.state_dict(), video, mask)) <= TOLERANCE
 
 
+def test_who_listens_to_the_last_block_hears_it() -> None:
+    model = make()
+    video, heard = clips(model), []
+    with torch.no_grad():
+        quietly = model(video)
+        for module in (model.blocks[-1], model.blocks[-1].mlp):
+            handle = module.register_forward_hook(lambda module, args, out: heard.append(type(module).__name__))
+            listened = model(video)
+            handle.remove()
+            assert relative_error(listened, quietly) <= 1e-6
+    assert heard == ["Block", "Mlp"]
+
+
 def test_biases_of_all_blocks_made_together_are_each_blocks_own() -> None:
     blocks = make().blocks
     with torch.no_grad():

@@ -275,6 +275,18 @@ def segment_mean_norm(
     return pool_op(*args, False)[0]
 
 
+def segment_mean(tokens: Tensor, length: int) -> Tensor:
+    """Mean over each sequence of `length` tokens as it was summed, unrounded. For inference: no gradient is recorded.
+
+    tokens: [T, D], D up to 16384. Returns [S, D] fp32 (fp64 for fp64). Raises ValueError, TypeError.
+    """
+    _check(tokens, None, length, {})
+    with torch.no_grad():
+        if use_kernel(tokens):
+            return pool_op(tokens, None, length, None, None, 1e-6, None, None, 1e-6, True)[1]
+        return _mean_ref(tokens, None, length)
+
+
 def _check(
     tokens: Tensor,
     cu_seqlens: Tensor | None,
@@ -331,20 +343,23 @@ def segment_mean_norm_ref(
 ) -> Tensor:
     """segment_mean_norm in plain torch."""
     x = tokens
-    wide = torch.promote_types(x.dtype, torch.float32)
     if token_weight is not None and token_bias is not None:
         x = layer_norm_ref(x, token_weight, token_bias, token_eps)
-    if length is not None:
-        mean = x.view(-1, length, x.shape[1]).mean(1, dtype=wide)
-    else:
-        assert cu_seqlens is not None
-        lengths = cu_seqlens.long().diff()
-        # A tenth of index_add's time on a CPU. unsafe: no look at the lengths, which would wait for a GPU.
-        sums = torch.segment_reduce(x.to(wide), "sum", lengths=lengths, unsafe=True)
-        mean = sums / lengths.clamp(min=1)[:, None]
+    mean = _mean_ref(x, cu_seqlens, length)
     if weight is not None and bias is not None:
-        mean = F.layer_norm(mean, weight.shape, weight.to(wide), bias.to(wide), eps)
+        mean = F.layer_norm(mean, weight.shape, weight.to(mean.dtype), bias.to(mean.dtype), eps)
     return mean.to(tokens.dtype)
+
+
+def _mean_ref(x: Tensor, cu_seqlens: Tensor | None, length: int | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if length is not None:
+        return x.view(-1, length, x.shape[1]).mean(1, dtype=wide)
+    assert cu_seqlens is not None
+    lengths = cu_seqlens.long().diff()
+    # A tenth of index_add's time on a CPU. unsafe: no look at the lengths, which would wait for a GPU.
+    sums = torch.segment_reduce(x.to(wide), "sum", lengths=lengths, unsafe=True)
+    return sums / lengths.clamp(min=1)[:, None]
 
 
 def ensemble_probs_ref(logits: Tensor) -> Tensor:
