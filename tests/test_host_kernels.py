@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,7 @@ def test_every_routine_has_its_share(tmp_path: Path, capsys: pytest.CaptureFixtu
     for row in rows:
         assert row["share"] == pytest.approx(row["copy"]["median"] / row["timing"]["median"])
         assert row["moved_bytes"] >= row["wanted_bytes"]
+        assert (row["share_read_only"] is None) == (row["read"] is None)
     assert "gather interleaved, ratio 0.9, to uint8" in capsys.readouterr().out
 
 
@@ -54,9 +56,28 @@ def test_lines_hold_the_pixels_of_kept_tokens(together: bool) -> None:
     video = pixels.permute(0, 4, 1, 2, 3) if together else pixels.permute(0, 4, 1, 2, 3).contiguous()
     every = torch.arange(8 * 196, dtype=torch.int32)
     spare = video.data_ptr() % 64 != 0
-    assert host_kernels.lines_of(video, every, 0) == video.numel() // 64 + spare
+    assert sorted(host_kernels.lines_of(video, every, 0)) == list(range(video.numel() // 64 + spare))
     first = {x // 64 for dt in range(2) for dy in range(16) for x in _pieces(video, dt, dy)}
-    assert host_kernels.lines_of(video, every[:1], 0) == len(first)
+    assert sorted(host_kernels.lines_of(video, every[:1], 0)) == sorted(first)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reading_alone_reads_the_lines(threads: int) -> None:
+    library = host_kernels.compiled()
+    if library is None:
+        pytest.skip("no C++ compiler")
+    words = torch.arange(20_008, dtype=torch.int64)
+    start = -(words.data_ptr() // 8) % 8  # of the first whole line
+    lines = np.random.default_rng(0).permutation(2500).astype(np.int32)[:2400]
+    total = library.read_lines(words.data_ptr() + 8 * start, lines.ctypes.data, len(lines), threads)
+    assert total == int(words[start::8][lines].sum())
+
+
+def test_without_a_compiler_the_reading_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    host_kernels.compiled.cache_clear()
+    assert host_kernels.reading(torch.zeros(64, dtype=torch.uint8), np.zeros(1, dtype=np.int32)) is None
+    host_kernels.compiled.cache_clear()
 
 
 def _pieces(video: torch.Tensor, dt: int, dy: int) -> list[int]:
