@@ -1,7 +1,7 @@
 """Builds mmfast_kernels._C from csrc: C++ always, CUDA where nvcc is found. Needs no torch.
 
 MMFAST_CUDA=auto|1|0      auto: CUDA if nvcc is there. 1: fail without it. 0: host code only.
-MMFAST_CUDA_ARCHS="80;90"  compute capabilities; PTX of the newest serves later devices.
+MMFAST_CUDA_ARCHS="80;90"  compute capabilities; PTX of the newest serves later devices. attention_wgmma.cu is for 90 only.
 
 nvcc runs through ninja, which rebuilds what changed; its objects stay in build/cuda, since pip's own build folder is
 temporary.
@@ -23,6 +23,7 @@ CACHE = ROOT / "build" / "cuda"
 HOST_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
 HOST_FLAGS = ["-O3", "-g0", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off"]
+HOPPER_ONLY = ("attention_wgmma.cu",)
 NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Xptxas=-v,--warn-on-spills -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
 
 
@@ -53,19 +54,29 @@ def library_dirs(nvcc: str) -> list[str]:
     return re.findall(r'"-L([^"]+)"', libraries)
 
 
+def has_hopper(archs: list[str]) -> bool:
+    return any(arch.rstrip("af") == "90" for arch in archs)
+
+
 def compile_cuda(nvcc: str, archs: list[str]) -> list[str]:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not has_hopper(archs):
+        sources = [source for source in sources if source.name not in HOPPER_ONLY]
     objects = [CACHE / f"{source.stem}.o" for source in sources]
-    flags = f"{NVCC_FLAGS} {' '.join(codes)} -DMMFAST_WITH_CUDA -DMMFAST_CUDA_ARCHS='\"{';'.join(archs)}\"'"
+    flags = f"{NVCC_FLAGS} -DMMFAST_WITH_CUDA -DMMFAST_CUDA_ARCHS='\"{';'.join(archs)}\"'"
     rules = [
+        f"codes = {' '.join(codes)}",
         "rule nvcc",
-        f"  command = {nvcc} {flags} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {nvcc} {flags} $codes -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        *(f"build {out}: nvcc {source}" for out, source in zip(objects, sources, strict=True)),
     ]
+    for out, source in zip(objects, sources, strict=True):
+        rules.append(f"build {out}: nvcc {source}")
+        if source.name in HOPPER_ONLY:
+            rules.append("  codes = -gencode=arch=compute_90a,code=sm_90a")
     CACHE.mkdir(parents=True, exist_ok=True)
     (CACHE / "build.ninja").write_text("\n".join(rules) + "\n")
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(CACHE)], check=True)
@@ -80,6 +91,8 @@ class Build(build_ext):
         if nvcc:
             archs = cuda_archs()
             ext.define_macros.append(("MMFAST_WITH_CUDA", None))
+            if has_hopper(archs):
+                ext.define_macros.append(("MMFAST_WITH_WGMMA", None))
             ext.extra_objects = compile_cuda(nvcc, archs)
             ext.depends += ext.extra_objects  # else an edit of a .cu would not be linked
             ext.libraries = ["cudart_static", "dl", "rt"]

@@ -18,6 +18,9 @@
 #ifdef MMFAST_WITH_CUDA
 #include "cuda/device.h"
 #endif
+#ifdef MMFAST_WITH_WGMMA
+#include "cuda/attention_wgmma.h"
+#endif
 
 namespace py = pybind11;
 using Address = std::uintptr_t;  // of a tensor's first element; 0 where there is none
@@ -174,6 +177,25 @@ void ted_stencil_backward_cuda(Address dout, Address h, int type, Address sites,
 }
 #endif
 
+#ifdef MMFAST_WITH_WGMMA
+using Two = std::array<int64_t, 2>;
+
+void attention_wgmma_cuda(Address q, const Two& q_layout, Address k, const Two& k_layout, Address v,
+                          const Two& v_layout, int64_t sequences, int64_t heads, int64_t n_q, int64_t n_k, float scale,
+                          bool bf16, Address out, Address lse, Address stream) {
+  mmfast::attention_wgmma_cuda({{at<void>(q), q_layout[0], q_layout[1]},
+                                {at<void>(k), k_layout[0], k_layout[1]},
+                                {at<void>(v), v_layout[0], v_layout[1]},
+                                sequences,
+                                heads,
+                                n_q,
+                                n_k,
+                                scale,
+                                bf16},
+                               at<void>(out), at<float>(lse), at<void>(stream));
+}
+#endif
+
 std::string build_info() {
   std::string info = "host " MMFAST_HOST_COMPILER;
 #ifdef MMFAST_WITH_CUDA
@@ -212,5 +234,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = "";
   m.attr("max_cuda_cells") = 0;
   m.def("device_count", [] { return 0; });
+#endif
+#ifdef MMFAST_WITH_WGMMA
+  m.attr("max_wgmma_keys") = mmfast::kMaxWgmmaKeys;
+  m.def("attention_wgmma_cuda", &attention_wgmma_cuda, no_gil);
+#else
+  m.attr("max_wgmma_keys") = 0;
 #endif
 }

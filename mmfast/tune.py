@@ -190,7 +190,7 @@ def time_backends(case: Mapping[str, Any], device: torch.device) -> list[Timed]:
     n, dtype = case["n"], _DTYPES[case["dtype"]]
     full = backends.Case(device, dtype, case["d"], n, n, needs_grad=case["needs_grad"])
     order = next(row for row in tables.shipped(ATTENTION) if row.holds(case)).config["order"]
-    takers = [name for name in order if backends.refusal(name, full) is None]
+    takers = [name for name in (*order, *backends.UNSHIPPED) if backends.refusal(name, full) is None]
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, _TOKENS // n) * n, 3, 6, case["d"])
     qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(case["needs_grad"])

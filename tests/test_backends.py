@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmfast_kernels import backends, tables
+from mmfast_kernels import attention_wgmma, backends, tables
 from mmfast_kernels.attention import packed_attention, packed_attention_ref, packed_self_attention
 from mmfast_kernels.backends import Case
 from mmfast_kernels.dispatch import INTERPRET
@@ -24,6 +24,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What choose() asks about the machine, answered as an H200 without flash-attn would."""
     monkeypatch.setattr(tables, "arch_of", lambda device: 90 if device.type == "cuda" else 0)
     monkeypatch.setattr(backends, "HAVE_TRITON", True)
+    monkeypatch.setattr(attention_wgmma, "MOST_KEYS", 400)
     monkeypatch.setattr(backends, "_installed", lambda module: False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     backends._choose.cache_clear()
@@ -77,6 +78,15 @@ def test_choice_on_hopper(changes: dict[str, Any], backend: str) -> None:
         ("cudnn", {"device": CPU}, "CUDA"),
         ("flash_attn", {}, "not installed"),
         ("cpp", {"device": CPU, "dtype": torch.float32, "needs_grad": True, "with_lse": True}, "log-sum-exp"),
+        ("wgmma", {"device": CPU}, "CUDA"),
+        ("wgmma", {"dtype": torch.float32}, "float32"),
+        ("wgmma", {"d": 80}, "d = 64"),
+        ("wgmma", {"dense": False}, "one length"),
+        ("wgmma", {"causal": True}, "causal"),
+        ("wgmma", {"needs_grad": True}, "no backward"),
+        ("wgmma", {"n_k": 401}, "1 to 400 keys"),
+        ("wgmma", {"n_k": 0}, "1 to 400 keys"),
+        ("wgmma", {"aligned": False}, "16 bytes"),
     ],
     ids=str,
 )
@@ -91,6 +101,26 @@ def test_refusal_gives_the_reason(backend: str, changes: dict[str, Any], reason:
 def test_old_devices_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "arch_of", lambda device: 75)
     assert "sm_75" in str(backends.refusal(backend, case()))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("arch", [80, 89, 100, 120])
+def test_the_wgmma_kernel_is_for_one_architecture(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "arch_of", lambda device: arch)
+    assert f"this is sm_{arch}" in str(backends.refusal("wgmma", case()))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_wgmma_kernel_may_be_left_out_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.refusal("wgmma", case()) is None
+    monkeypatch.setattr(attention_wgmma, "MOST_KEYS", 0)
+    assert "built without" in str(backends.refusal("wgmma", case()))
+
+
+def test_what_is_not_shipped_is_in_no_order() -> None:
+    orders = [row.config["order"] for row in tables.shipped("attention_backends")]
+    assert not {*backends.UNSHIPPED} & {name for order in orders for name in order}
+    assert {*backends.UNSHIPPED} <= {*backends.NAMES}
 
 
 @pytest.mark.usefixtures("hopper")

@@ -84,8 +84,14 @@ def test_host_routines_under_a_sanitizer(sanitizer: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90"])
-@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.rglob("*.cu")))
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [
+        (path.name, arch)
+        for path in sorted(CSRC.rglob("*.cu"))
+        for arch in (["90a"] if path.name == "attention_wgmma.cu" else ["80", "90"])
+    ],
+)
 def test_no_kernel_spills(source: str, arch: str, tmp_path: Path) -> None:
     flags = ["-O3", "-std=c++17", "-Xptxas=-v,--warn-on-spills", f"-arch=sm_{arch}", "-DMMFAST_WITH_CUDA"]
     made = subprocess.run(
@@ -118,6 +124,13 @@ def test_setup_refuses_settings_it_does_not_know(name: str, value: str) -> None:
     ran = with_setup("setup.find_nvcc(); setup.cuda_archs()", **{name: value})
     assert ran.returncode != 0
     assert f"{name}={value!r}" in ran.stderr
+
+
+@needs_pybind11
+@pytest.mark.parametrize(("archs", "found"), [("80;90", True), ("90a,100", True), ("80;89", False)])
+def test_the_wgmma_kernel_is_built_where_its_architecture_is_asked_for(archs: str, found: bool) -> None:
+    ran = with_setup("print(setup.has_hopper(setup.cuda_archs()))", MMFAST_CUDA_ARCHS=archs)
+    assert ran.stdout.strip() == str(found), ran.stderr
 
 
 @needs_pybind11

@@ -174,6 +174,15 @@ def test_a_backend_that_is_wrong_never_wins(monkeypatch: pytest.MonkeyPatch) -> 
     assert (cpp.ms, torchs.ms) == (2.0, math.inf)
 
 
+def test_a_backend_in_no_shipped_order_is_timed_where_it_takes_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "refusal", lambda name, case: None if name in ("torch", "wgmma") else "not here")
+    run = tuning.packed_self_attention
+    monkeypatch.setattr(tuning, "packed_self_attention", lambda qkv, length, backend: run(qkv, length=length))
+    monkeypatch.setattr(tables, "measure", by_name)
+    case = dict(arch=0, dtype="fp32", d=16, n=4, dense=True, needs_grad=False, with_lse=False)
+    assert [timed.config["order"][0] for timed in tuning.time_backends(case, CPU)] == ["torch", "wgmma"]
+
+
 def test_a_training_step_is_measured_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "measure", by_name)
     model = tiny()

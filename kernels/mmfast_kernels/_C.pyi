@@ -1,7 +1,8 @@
 """The C++ and CUDA routines (csrc/bindings.cpp). Addresses are of a tensor's first element, 0 where there is none.
 
 Pixel types: 0 uint8, 1 float32. The routines do not check that an address is what it should be: call them through
-mmfast_kernels.sampling, .gather, .attention_cpp, .ted and .int8. All release the GIL and may run at the same time.
+mmfast_kernels.sampling, .gather, .attention_cpp, .attention_wgmma, .ted and .int8. All release the GIL and may run at
+the same time.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 with_cuda: bool
 cuda_archs: str
 max_cuda_cells: int
+max_wgmma_keys: int  # 0 where there is no attention_wgmma_cuda
 
 def build_info() -> str: ...
 def device_count() -> int: ...
@@ -39,6 +41,10 @@ def attention_backward(
     n_q: int, cu_k: int, n_k: int, sequences: int, heads: int, d: int, causal: bool, scale: float, dout: int, out: int,
     lse: int, dq: int, dq_layout: Sequence[int], dk: int, dk_layout: Sequence[int], dv: int, dv_layout: Sequence[int],
     threads: int, widest: int, /,
+) -> None: ...  # fmt: skip
+def attention_wgmma_cuda(
+    q: int, q_layout: Sequence[int], k: int, k_layout: Sequence[int], v: int, v_layout: Sequence[int], sequences: int,
+    heads: int, n_q: int, n_k: int, scale: float, bf16: bool, out: int, lse: int, stream: int, /,
 ) -> None: ...  # fmt: skip
 def ted_stencil(
     h: int, sites: int, size: Sequence[int], parameters: Sequence[int], time_width: int, space_width: int, out: int,

@@ -46,6 +46,10 @@ def _attention(
         from mmfast_kernels import attention_triton
 
         return attention_triton.attention(q, k, v, cu_q, cu_k, n_q, n_k, causal, scale, with_lse)
+    if backend == "wgmma":
+        from mmfast_kernels import attention_wgmma
+
+        return attention_wgmma.forward(q, k, v, at, scale, with_lse)
     if with_lse and backend == "cpp" and q.numel() and k.numel():
         from mmfast_kernels import attention_cpp
 
@@ -310,8 +314,15 @@ def _trained(
 
 def _case(q: Tensor, k: Tensor, v: Tensor, at: Lengths, causal: bool, with_lse: bool) -> Case:
     row_stride = max(q.stride(0), k.stride(0), v.stride(0))
-    grad = needs_grad(q, k, v)
-    return Case(q.device, q.dtype, q.shape[2], at.n_q, at.n_k, at.cu_q is None, causal, grad, with_lse, row_stride)
+    grad, dense = needs_grad(q, k, v), at.cu_q is None
+    # While torch.compile traces, the strides would become guards; the op asks again when it runs.
+    aligned = torch.compiler.is_compiling() or _aligned(q, k, v)
+    return Case(q.device, q.dtype, q.shape[2], at.n_q, at.n_k, dense, causal, grad, with_lse, row_stride, aligned)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    places = (n for x in tensors for n in (x.storage_offset(), x.stride(0), x.stride(1)))
+    return all(n * tensors[0].element_size() % 16 == 0 for n in places)
 
 
 def packed_attention_with_lse(

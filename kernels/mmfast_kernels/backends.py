@@ -1,4 +1,4 @@
-"""Who computes attention: the Triton kernel, the C++ routine, cuDNN, flash-attn, or torch; and why another is refused.
+"""Who computes attention: a kernel of ours (Triton, CUDA, C++), cuDNN, flash-attn, or torch; and why another is refused.
 
 The table tables/attention_backends.json holds the order of preference by head width, length and architecture; the first
 backend that does not refuse the case is taken. MMFAST_ATTENTION=<name> takes one by name, or says why it cannot be.
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmfast_kernels import tables
+from mmfast_kernels import attention_wgmma, tables
 from mmfast_kernels.dispatch import HAVE_TRITON, INTERPRET
 
-NAMES = ("triton", "cpp", "cudnn", "flash_attn", "torch")
+NAMES = ("triton", "wgmma", "cpp", "cudnn", "flash_attn", "torch")
+UNSHIPPED = ("wgmma",)  # in no shipped order: by name, or where `mmfast tune` has measured it to be faster
 TRITON_WIDTHS = (32, 64, 80, 128)
 OWN_BACKWARD = ("triton", "cpp")  # the others bring torch's autograd
 HALF = (torch.float16, torch.bfloat16)
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     needs_grad: bool = False
     with_lse: bool = False
     row_stride: int = 0  # the largest of q, k and v
+    aligned: bool = True  # all rows and heads of q, k and v begin at multiples of 16 bytes
 
 
 class Lengths(NamedTuple):
@@ -56,6 +58,8 @@ def refusal(backend: str, case: Case) -> str | None:
         return None
     if backend == "triton":
         return _refusal_of_triton(case)
+    if backend == "wgmma":
+        return _refusal_of_wgmma(case)
     if backend == "cpp":
         return _refusal_of_cpp(case)
     name = {"cudnn": "cuDNN", "flash_attn": "flash-attn"}[backend]
@@ -88,6 +92,28 @@ def _refusal_of_triton(case: Case) -> str | None:
     if case.row_stride >= 2**23:  # times a block of up to 256 rows, an offset must fit 32 bits
         return f"the Triton kernel takes rows less than 2**23 elements apart, got {case.row_stride}"
     return None
+
+
+def _refusal_of_wgmma(case: Case) -> str | None:
+    if case.device.type != "cuda":
+        return f"the wgmma kernel needs a CUDA device, got {case.device.type}"
+    if _arch(case.device) != 90:
+        return f"the wgmma kernel needs sm_90, this is sm_{_arch(case.device)}"
+    if not attention_wgmma.MOST_KEYS:
+        return "csrc was built without the wgmma kernel (it needs nvcc, and 90 in MMFAST_CUDA_ARCHS)"
+    if case.dtype not in HALF:
+        return f"the wgmma kernel takes float16 and bfloat16, got {case.dtype}"
+    if case.d != 64:
+        return f"the wgmma kernel takes d = 64, got {case.d}"
+    if not case.dense:
+        return "the wgmma kernel takes sequences of one length only"
+    if case.causal:
+        return "the wgmma kernel has no causal mask"
+    if case.needs_grad:
+        return "the wgmma kernel has no backward"
+    if not 1 <= case.n_k <= attention_wgmma.MOST_KEYS:
+        return f"the wgmma kernel takes 1 to {attention_wgmma.MOST_KEYS} keys, got {case.n_k}"
+    return None if case.aligned else "the wgmma kernel takes rows and heads at multiples of 16 bytes only"
 
 
 def _refusal_of_cpp(case: Case) -> str | None:
