@@ -14,6 +14,7 @@ from peers import have_onednn
 from torch import Tensor
 from variants import forced_backends, relative_error
 
+from mmfast_kernels import backends
 from mmfast_kernels.attention import packed_attention
 from mmfast_kernels.gather import gather_tubes, gather_tubes_ref
 from mmfast_kernels.mlp import linear_gelu
@@ -31,6 +32,7 @@ class Op:
     """providers and truth take the inputs that make() gives; "mmfast" and "torch" are always among the providers.
 
     Where truth gives several tensors, as gradients are, providers give as many, in any layout of their elements' order.
+    bar: a relative error that passes, whatever plain torch's. in_place: providers write over their inputs.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Op:
     truth: Callable[..., Any]
     bytes: int
     flops: int
+    bar: float = 1e-5
+    in_place: bool = False
 
     @torch.no_grad()
     def check(self) -> tuple[dict[str, float], dict[str, str]]:
@@ -49,14 +53,18 @@ class Op:
         errors, raised = {}, {}
         for name, provider in self.providers.items():
             try:
-                errors[name] = difference(provider(*inputs), truth)
+                errors[name] = difference(provider(*(copies(inputs) if self.in_place else inputs)), truth)
             except Exception as error:  # a provider that cannot run here is reported, of whatever it dies
                 raised[name] = f"{type(error).__name__}: {(str(error) or ' ').splitlines()[0]}"
         return errors, raised
 
     def allowed(self, errors: dict[str, float]) -> float:
-        """Twice plain torch's own error, 1e-5 at least."""
-        return max(1e-5, 2 * errors["torch"])
+        """Twice plain torch's own error, the bar at least."""
+        return max(self.bar, 2 * errors["torch"])
+
+
+def copies(inputs: Inputs) -> Inputs:
+    return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
 
 
 def difference(result: Any, truth: Any) -> float:
@@ -193,7 +201,11 @@ def attention_op(b: Bench) -> Op:
         "torch, contiguous": contiguous(F.scaled_dot_product_attention),
     }
     if b.device.type == "cuda":
-        providers["mmfast, triton"] = lambda qkv, *apart: packed_attention(*packed(qkv), length=n, backend="triton")
+        for ours in ("triton", "wgmma"):
+            if backends.refusal(ours, backends.Case(b.device, b.dtype, d, n, n)) is None:
+                providers[f"mmfast, {ours}"] = lambda qkv, *apart, f=ours: packed_attention(
+                    *packed(qkv), length=n, backend=f
+                )
         for name, kernel in forced_backends(b.dtype).items():
             providers[f"torch, {name}"] = dense(kernel)
             providers[f"torch, {name}, contiguous"] = contiguous(kernel)

@@ -270,7 +270,10 @@ def op_table(results: Results) -> list[str]:
         figures = [number(value) for value in (1e3 * ms, row["gb_s"], row["tflop_s"])]
         rows.append([f"{row['op']} {row['shape']}", row["provider"], *figures, share, f"{row['error']:.1e}", name])
     head = ["op", "provider", "us", "GB/s", "TFLOP/s", "of the roofline", "error", "kernel"]
-    note = "Of the roofline: operations at the rate of the run's fastest product or bytes at that of copying, what takes longer."
+    note = (
+        "Of the roofline: operations at the rate of the run's fastest product or bytes at that of copying, what takes longer. "
+        "That product is in the run's own precision: those in 8 bits may be faster."
+    )
     return ["## Ops", "", note, "", *table(head, rows)] if rows else []
 
 

@@ -10,6 +10,9 @@ from variants import OURS
 # Colours that stay apart for colour-blind readers; ours is the strongest.
 COLOURS = {OURS: "#d55e00", "peer": "#0072b2", "published": "#7f7f7f", "floor": "#009e73"}
 
+MARKS = "osD^vP*X<>hpd8H"  # of ops, on the roofline
+BOTH = "forward and backward"
+
 
 def colour_of(name: str) -> str:
     if name.startswith(OURS):
@@ -173,25 +176,35 @@ def roofline(results: Results, path: Path) -> bool:
     rows = [row for found, row in results.ops if found is source and row["flops"]]
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     top, copy = results.product_rate(source), limits["copy_gb_s"] / 1e3
-    figure = figure_of(8.4, 5.2)
-    axis = figure.subplots()
+    panels = {"forward": [row for row in rows if BOTH not in row["op"]]}
+    panels[BOTH] = [row for row in rows if BOTH in row["op"]]
+    panels = {title: found for title, found in panels.items() if found}
+    figure = figure_of(8.4 * len(panels), 5.2)
+    for axis, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        roof(axis, found, top, copy)
+        axis.set_title(f"{title}\nfull: mmfast, hollow: its best peer", fontsize=8)
+    figure.suptitle(where(source), fontsize=8)
+    figure.savefig(path, dpi=160)
+    return True
+
+
+def roof(axis: Any, rows: Sequence[Mapping[str, Any]], top: float, copy: float) -> None:
+    """Ops under their ceilings.   top: TFLOP/s of products; those of 8 bits may lie above. copy: TB/s."""
     at = [row["flops"] / row["bytes"] for row in rows]
     ends = [min(at) / 2, top / copy, max(max(at), top / copy) * 3]
     axis.plot(ends, [min(top, x * copy) for x in ends], color="black", linewidth=1)
     axis.text(ends[2], top * 1.06, f"matrix products {figures(top)} TFLOP/s", ha="right", fontsize=8)
     middle = (ends[0] * ends[1]) ** 0.5
     axis.text(middle / 1.2, middle * copy, f"copying {figures(copy)} TB/s", ha="right", fontsize=8)
-    names = list(dict.fromkeys(row["op"] for row in rows))
-    marks = "osD^vP*X<>hpd8"
-    for index, op in enumerate(names):
+    for index, op in enumerate(dict.fromkeys(row["op"] for row in rows)):
         mine = [row for row in rows if row["op"] == op and row["provider"] == OURS]
         for row in mine:
             peers = [
                 r for r in rows if (r["op"], r["shape"]) == (op, row["shape"]) and not r["provider"].startswith(OURS)
             ]
             x = row["flops"] / row["bytes"]
-            mark = marks[index % len(marks)]
-            label = op if row is mine[0] else None
+            mark = MARKS[index % len(MARKS)]
+            label = op.removesuffix(f", {BOTH}") if row is mine[0] else None
             axis.plot(x, row["tflop_s"], mark, color=COLOURS[OURS], markersize=7, label=label, zorder=3)
             if peers:
                 best = max(r["tflop_s"] for r in peers)
@@ -201,10 +214,7 @@ def roofline(results: Results, path: Path) -> bool:
     axis.set_xlabel("operations a byte")
     axis.set_ylabel("TFLOP/s")
     axis.grid(True, which="major", alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
-    axis.set_title(f"{where(source)}\nfull: mmfast, hollow: its best peer", fontsize=8)
-    figure.savefig(path, dpi=160)
-    return True
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
 
 
 FIGURES: dict[str, tuple[Callable[[Results, Path], bool], str]] = {

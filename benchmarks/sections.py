@@ -7,7 +7,9 @@ from functools import partial
 import flops
 import harness
 import ops
+import ops_inference
 import ops_more
+import ops_training
 import sections_models
 import sections_steps
 import torch
@@ -107,11 +109,13 @@ def kernels(run: Run) -> None:
             yield "ted_stencil", lambda: ops_more.stencil_op(b, 1, 3, (3, 4), 8), b.dtype
             yield "temporal_cross_attention", lambda: ops_more.temporal_op(b, 1, 3, 3, 2, 32), b.dtype
             yield from named(lambda: ops_more.loss_ops(b, 1, 32, 1)[:1], b, everything)
+            yield from named(lambda: ops_training.decoder_ops(b, 1, 64, (2, 4, 4), 4)[:1], b, everything)
             return
         clips = 21 if run.cuda else 1
         yield "ted_stencil", lambda: ops_more.stencil_op(b, clips), b.dtype
         yield "temporal_cross_attention", lambda: ops_more.temporal_op(b, clips), b.dtype
         yield from named(lambda: ops_more.loss_ops(b, 32 if run.cuda else 1)[:1], b, everything)
+        yield from named(lambda: ops_training.decoder_ops(b, 32 if run.cuda else 1)[:1], b, everything)
         if run.cuda:
             wide, half = replace(b, dim=768), replace(b, dtype=torch.float16)
             yield from named(lambda: ops.all_ops(wide), wide, lambda name: name in ("add_layer_norm", "linear_gelu"))
@@ -145,11 +149,39 @@ def backward(run: Run) -> None:
     time_ops(run, made(), 9.0 if run.cuda else 6.0)
 
 
+def deployed(run: Run) -> None:
+    """What fused and quantised blocks run, int8 on a CPU and fp8 on a GPU, and what is done in host memory."""
+    b = size_of(run)
+    time_ops(run, named(lambda: ops_inference.inference_ops(b), b, everything), 9.0 if run.cuda else 3.0)
+
+
+def gradients(run: Run) -> None:
+    """Forward and backward of what `backward` has not: the decoder's tokens, embedding, pooling, and adapters' and EVL's ops."""
+    b = size_of(run)
+    clips = 21 if run.cuda else 1
+
+    def made() -> Iterator[Made]:
+        if run.quick:
+            yield from named(lambda: ops_training.decoder_ops(b, 1, 64, (2, 4, 4), 4)[1:], b, everything)
+            yield "ted_stencil", lambda: ops_training.stencil_training(b, 1, frames=3, grid=(3, 4), hidden=8), b.dtype
+            sizes = {"frames": 3, "side": 3, "heads": 2, "dim": 32}
+            yield "temporal_cross_attention", lambda: ops_training.temporal_training(b, 1, **sizes), b.dtype
+        else:
+            yield from named(lambda: ops_training.decoder_ops(b, 32 if run.cuda else 1)[1:], b, everything)
+            yield "ted_stencil", lambda: ops_training.stencil_training(b, clips), b.dtype
+            yield "temporal_cross_attention", lambda: ops_training.temporal_training(b, clips), b.dtype
+        yield from named(lambda: ops_training.more_training_ops(b), b, everything)
+
+    time_ops(run, made(), 9.0 if run.cuda else 4.0)
+
+
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "ceilings": ceilings,
     "attention": attention,
     "kernels": kernels,
+    "deployed": deployed,
     "backward": backward,
+    "gradients": gradients,
     **sections_models.SECTIONS,
     **sections_steps.SECTIONS,
 }

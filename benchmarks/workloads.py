@@ -255,6 +255,12 @@ def pool(stage: str, sequences: int, n: int, dim: int, rules: Rules, grad: Grad 
     return Op(stage, "pool", 0, moved, moved)
 
 
+def decoder_tokens(stage: str, visible: int, rows: int, width: int, rules: Rules, grad: Grad = FROZEN) -> Op:
+    """What a masked decoder reads: `visible` tokens, and mask tokens in the rest of the rows, positions added."""
+    moved = (visible + rows) * width * rules.item * (1 + grad.dx)
+    return Op(stage, "tokens", 0, moved, moved + rows * width * rules.item * (1 + grad.dx))
+
+
 def inference(
     config: "ViTConfig", n: int, views: int, clips: int = 1, embedded: int | None = None, rules: Rules | None = None
 ) -> list[Op]:
@@ -285,8 +291,7 @@ def pretraining(
     tokens = clips * config.num_tokens
     ops = encoder(config.encoder, "encoder", clips, visible, rules, TRAINED)
     ops.append(linear("decoder", "to decoder", clips * visible, config.embed_dim, width, rules, TRAINED))
-    taken = (clips * visible + tokens) * width * rules.item
-    ops.append(Op("decoder", "tokens", 0, 2 * taken, 2 * taken + 2 * tokens * width * rules.item))
+    ops.append(decoder_tokens("decoder", clips * visible, tokens, width, rules, TRAINED))
     ops += blocks(config.decoder, "decoder", clips, config.num_tokens, rules, TRAINED)
     ops.append(norm("decoder", clips * removed, width, rules, TRAINED, residual=False))
     ops.append(linear("decoder", "head", clips * removed, width, config.patch_dim, rules, TRAINED))

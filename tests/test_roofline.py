@@ -25,6 +25,8 @@ from mmfast.vit import MaskedViT
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import machines
 import ops as timed_ops
+import ops_inference
+import ops_training
 import peers
 import predictions
 import roofline
@@ -223,15 +225,32 @@ def test_unfused_bytes_are_the_traffic_of_a_plain_block(backward):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("norm", "layer_norm"), ("attention", "packed_attention"), ("fc1", "linear_gelu"), ("embed", "tube_embed")],
+    [
+        ("norm", "layer_norm"),
+        ("attention", "packed_attention"),
+        ("proj", "add_linear_"),
+        ("fc1", "linear_gelu"),
+        ("embed", "tube_embed"),
+    ],
 )
 def test_bytes_are_those_that_the_kernels_are_timed_with(kind, name):
     bench = timed_ops.Bench(torch.device("cpu"), torch.float32, sequences=2, n=16, dim=384)
-    timed = next(op for op in timed_ops.all_ops(bench) if op.name == name)
+    listed = [*timed_ops.all_ops(bench), ops_inference.add_linear_op(bench, 384)]
+    timed = next(op for op in listed if op.name == name)
     config = ViTConfig(embed_dim=384, depth=1, num_heads=6)
     rules = workloads.Rules(item=4)
     own = next(op for op in workloads.inference(config, 16, 2, rules=rules) if op.kind == kind)
     assert own.least / own.calls == pytest.approx(timed.bytes, rel=0.01)
+
+
+def test_bytes_of_the_decoders_tokens_are_those_they_are_timed_with():
+    config = MAEConfig(**SIZES | {"num_classes": 0}, decoder_embed_dim=64, decoder_depth=1, decoder_num_heads=2)
+    counted = next(op for op in workloads.pretraining(config, 8, 3, rules=PLAIN) if op.kind == "tokens")
+    bench = timed_ops.Bench(torch.device("cpu"), torch.float32, sequences=2, n=16, dim=64)
+    forward, both = ops_training.decoder_ops(bench, 3, 64, config.grid, 4)
+    positions = 4 * config.num_tokens * 64
+    assert counted.least == both.bytes - positions
+    assert counted.least == 2 * (forward.bytes - positions)
 
 
 def test_least_bytes_of_training_by_hand():

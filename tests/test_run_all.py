@@ -1,23 +1,30 @@
 """run_all.py: every section on tiny models, what happens to one that fails, parts, and merging their results."""
 
+import importlib
 import io
 import json
+import pkgutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmfast_kernels
 from mmfast import clip_config, config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness
 import machines
 import ops
+import ops_inference
 import ops_more
+import ops_training
 import probes
 import report_inputs
 import results_file
@@ -35,7 +42,15 @@ OPS = [
     *ops_more.loss_ops(TINY, 1, 32, 1),
     ops_more.stencil_op(TINY, 1, 3, (3, 4), 8),
     ops_more.temporal_op(TINY, 1, 3, 3, 2, 32),
+    *ops_training.decoder_ops(TINY, 1, 64, (2, 4, 4), 4),
+    *ops_training.more_training_ops(TINY),
+    ops_training.stencil_training(TINY, 1, frames=3, grid=(3, 4), hidden=8),
+    ops_training.temporal_training(TINY, 1, frames=3, side=3, heads=2, dim=32),
+    *ops_inference.inference_ops(TINY),
+    *ops_inference.fp8_ops(TINY),
 ]
+# Parts of a TED-Adapter, which the section "ted" measures as a whole, and in it alone.
+IN_TED = {"ted_project", "ted_stencil_", "ted_stencil_backward_"}
 GREEN = {"state": "green", "why": "", "seconds": 1.0}
 
 
@@ -191,6 +206,52 @@ def test_ops_have_a_right_provider(op):
     assert errors["mmfast"] <= op.allowed(errors)
 
 
+class Called(TorchDispatchMode):
+    """Names of mmfast's own ops that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "mmfast":
+            self.names.add(func._schema.name.removeprefix("mmfast::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpret
+def test_every_op_of_the_kernels_is_measured_beside_its_peers():
+    for module in pkgutil.iter_modules(mmfast_kernels.__path__):
+        if not module.name.endswith("_triton"):
+            importlib.import_module(f"mmfast_kernels.{module.name}")
+    known = {name.removeprefix("mmfast::") for name in torch._C._dispatch_get_all_op_names() if "mmfast::" in name}
+    with Called() as mode:
+        for op in [*ops.all_ops(TINY), *OPS]:
+            inputs = op.make()
+            with torch.no_grad():
+                op.providers["mmfast"](*inputs)
+    assert known - mode.names == IN_TED
+
+
+def test_what_writes_over_its_inputs_is_checked_on_copies():
+    op = ops_inference.add_linear_op(TINY, 64)
+    inputs = op.make()
+    before = [x.clone() for x in inputs]
+    errors, raised = replace(op, make=lambda: inputs).check()
+    assert raised == {}
+    assert max(errors.values()) <= op.allowed(errors)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+def test_parts_are_balanced_by_swaps(monkeypatch):
+    """Dealt out longest first, one half has 3, 2 and 2, the other 3 and 2."""
+    monkeypatch.setattr(run_all, "LIMITS", {"gate": 0, "a": 3, "b": 2, "c": 2, "d": 2, "e": 3})
+    monkeypatch.setattr(run_all, "START_SECONDS", 0.0)
+    one, other = run_all.parts(2)
+    assert run_all.seconds_of(one) == run_all.seconds_of(other) == 6
+    assert one[0] == "gate"
+
+
 def test_one_wrong_gradient_shows():
     op = ops_more.norm_training(TINY)[0]
     right = op.providers["mmfast"]
@@ -272,6 +333,14 @@ def test_a_section_out_of_time_keeps_what_it_had(tmp_path, monkeypatch):
 def test_a_section_past_its_time_is_ended_with_its_children():
     with pytest.raises(run_all.subprocess.TimeoutExpired):
         run_all.child([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
+
+
+def test_a_section_past_its_time_says_where_it_was(tmp_path):
+    with open(tmp_path / "log", "w+") as log:
+        with pytest.raises(run_all.subprocess.TimeoutExpired):
+            run_all.child([sys.executable, "-c", "import time; time.sleep(60)"], 3, stderr=log)
+        log.seek(0)
+        assert "KeyboardInterrupt" in log.read()
 
 
 def test_sections_without_time_are_skipped(tmp_path, monkeypatch):
