@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -21,6 +21,7 @@ from .fit_clip_data import FitClipData
 from .fit_evl import FitEvlStage
 from .fit_evl_data import FitEvlData
 from .pretrain import PretrainStage
+from .progress import progress_bar
 from .resume import AtomicCheckpointIO, Export, Faults, ResumePoint
 
 PRESETS = Path(__file__).parent / "presets"
@@ -124,7 +125,11 @@ class StageCLI(LightningCLI):
                     save_on_train_epoch_end=False,
                 )
             )
-        own = {"default_root_dir": str(self.out), "callbacks": [*_several(settings["callbacks"]), *callbacks]}
+        given = _several(settings["callbacks"])
+        shown = settings["enable_progress_bar"] is not False and not settings["barebones"]
+        if shown and not any(isinstance(callback, ProgressBar) for callback in given):
+            callbacks.append(progress_bar())
+        own = {"default_root_dir": str(self.out), "callbacks": [*given, *callbacks]}
         plugins = _several(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
