@@ -1,5 +1,6 @@
 """Every checkpoint dialect into canonical names, and into models."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from makers import (
     tiny_config,
     videomae_pretrain,
 )
+from numerics import relative_error
 
 from mmfast.checkpoints import canonical_shapes, convert, load_into, load_pretrained, load_pretrained_vit
 from mmfast.layers import sinusoid_positions
@@ -207,6 +209,36 @@ def test_hf_config_json_is_read(tmp_path: Path, name: str) -> None:
     config = convert(folder / name).config
     assert (config.norm_eps, config.fc_norm_eps, config.num_heads) == (3e-6, 1e-5, 2)
     assert (config.gelu, config.num_frames, config.img_size) == ("tanh", 8, (32, 64))
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"], ids=["folder", "file"])
+@pytest.mark.parametrize(
+    ("changes", "normalised"),
+    [
+        ({}, lambda px: (px / 255 - 0.5) / 0.25),
+        ({"rescale_factor": 1 / 127.5}, lambda px: (px / 127.5 - 0.5) / 0.25),
+        ({"do_rescale": False}, lambda px: (px - 0.5) / 0.25),
+        ({"do_normalize": False}, lambda px: px / 255),
+    ],
+    ids=["usual", "another factor", "not rescaled", "not normalised"],
+)
+def test_hf_preprocessor_says_how_pixels_are_normalised(
+    changes: dict[str, Any], normalised: Any, name: str, tmp_path: Path
+) -> None:
+    folder = save_hf(tmp_path / "m", hf_videomae(canonical(tiny_config())), hf_config(tiny_config()))
+    about = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "rescale_factor": 1 / 255, **changes}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    model = MaskedViT.from_pretrained(folder / name)
+    shape = (1, 3, model.config.num_frames, *model.config.frame_size)
+    raw = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert relative_error(model(raw), model(normalised(raw.double()).float())) <= 1e-5
+
+
+def test_a_preprocessor_without_statistics_leaves_the_usual_ones(tmp_path: Path) -> None:
+    folder = save_hf(tmp_path / "m", hf_videomae(canonical(tiny_config())), hf_config(tiny_config()))
+    (folder / "preprocessor_config.json").write_text('{"size": 224}')
+    assert convert(folder).config.mean == tiny_config().mean
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,15 @@ def test_what_hugging_face_has_and_this_has_not(changes: dict[str, Any], message
         convert_clip(tmp_path)
 
 
+def test_hugging_faces_preprocessor_says_how_pixels_are_normalised(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    hf_model(CLIPConfig(**TINY)).save_pretrained(tmp_path)
+    about = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "rescale_factor": 0.00392156862745098}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    config = convert_clip(tmp_path).config
+    assert (config.mean, config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 # -- mmfast ------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from .container import read
 from .dialects import DIALECTS, Converted, convert
-from .export import export_config, export_mae_state, export_state
+from .export import export_config, export_mae_state, export_preprocessor, export_state
 from .layout import canonical_shapes
 from .load import LoadReport, load_into, load_pretrained, load_pretrained_mae, load_pretrained_vit
 from .save import save_pretrained
@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "export_config",
     "export_mae_state",
+    "export_preprocessor",
     "export_state",
     "load_into",
     "load_pretrained",

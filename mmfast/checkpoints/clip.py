@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..clip_config import CLIPConfig
 from ..config import usual_num_heads
-from .container import Source, StateDict, read
+from .container import Source, StateDict, pixel_fields, read
 from .dialects import check_values
 from .load import LoadReport
 from .native import FORMAT, VERSION
@@ -216,7 +216,7 @@ def _hf_fields(source: Source) -> dict[str, Any]:
     activation, eps = kinds[0]
     if activation not in _HF_GELU:
         raise ValueError(f"{source.where}: hidden_act must be one of {', '.join(_HF_GELU)}, got {activation!r}")
-    return {**fields, "gelu": _HF_GELU[activation], "norm_eps": eps}
+    return {**fields, "gelu": _HF_GELU[activation], "norm_eps": eps, **pixel_fields(source.config)}
 
 
 def _no_openai(source: Source) -> str | None:

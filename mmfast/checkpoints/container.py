@@ -71,13 +71,12 @@ def read(source: str | os.PathLike[str] | StateDict, *, trust: bool = False) -> 
         return _read_folder(path, trust)
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {str(path)!r}; models are not downloaded, give a local path")
-    beside = path.parent / "config.json"
-    config = _read_json(beside) if path.name in _WEIGHTS[:2] and beside.is_file() else None
+    config = _config_in(path.parent) if path.name in _WEIGHTS[:2] else None
     return _open(_read_file(path, trust), str(path), config)
 
 
 def _read_folder(folder: Path, trust: bool) -> Source:
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    config = _config_in(folder)
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return _open(_read_file(folder / name, trust), str(folder), config)
@@ -85,6 +84,27 @@ def _read_folder(folder: Path, trust: bool) -> Source:
             return _open(_read_shards(folder / f"{name}.index.json", trust), str(folder), config)
     held = sorted(p.name for p in folder.iterdir())[:10]
     raise ValueError(f"{folder}: holds none of {', '.join(_WEIGHTS)}; it holds {', '.join(held) or 'nothing'}")
+
+
+def _config_in(folder: Path) -> dict[str, Any] | None:
+    """config.json, and under "preprocessor" what Hugging Face keeps beside it of the pixels."""
+    if not (folder / "config.json").is_file():
+        return None
+    config, pixels = _read_json(folder / "config.json"), folder / "preprocessor_config.json"
+    return {**config, "preprocessor": _read_json(pixels)} if pixels.is_file() else config
+
+
+def pixel_fields(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """mean and std, on px/255, that a Hugging Face folder's preprocessor has; nothing where there is none."""
+    about = (config or {}).get("preprocessor") or {}
+    if not {"image_mean", "image_std"} <= about.keys():
+        return {}
+    mean, std = about["image_mean"], about["image_std"]
+    if about.get("do_normalize") is False:
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    # Of pixels that are multiplied by another number than 1 / 255.
+    factor = round(255 * (1.0 if about.get("do_rescale") is False else about.get("rescale_factor", 1 / 255)), 9)
+    return {"mean": tuple(value / factor for value in mean), "std": tuple(value / factor for value in std)}
 
 
 def _read_shards(index: Path, trust: bool) -> dict[str, Any]:

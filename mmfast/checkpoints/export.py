@@ -75,6 +75,24 @@ def export_config(config: ViTConfig) -> dict[str, Any]:
     return about
 
 
+def export_preprocessor(config: ViTConfig) -> dict[str, Any]:
+    """Hugging Face's preprocessor_config.json for a model of RGB: how its clips are resized and normalised."""
+    height, width = config.frame_size
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": min(height, width)},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+
+
 def _hf_config(config: ViTConfig, architecture: str) -> dict[str, Any]:
     return {
         "model_type": "videomae",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .container import Source
+from .container import Source, pixel_fields
 from .layout import DECODER, Dialect, Draft, draft_of
 
 _PATCH = "embeddings.patch_embeddings.projection.weight"
@@ -124,6 +124,7 @@ def _fields_of(config: dict[str, Any] | None, where: str) -> dict[str, Any]:
         "num_frames": config.get("num_frames", 16),
         "img_size": tuple(size) if isinstance(size, list) else size,
         "gelu": ACTIVATIONS[activation],
+        **pixel_fields(config),
     }
 
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..checkpoints import export_config, export_mae_state, export_state, load_pretrained
+from ..checkpoints import export_config, export_mae_state, export_preprocessor, export_state, load_pretrained
 from ..checkpoints.clip import open_clip_source
 from ..checkpoints.evl import is_evl
 from ..checkpoints.export import EXPORTS, MAE_EXPORTS
@@ -96,6 +96,8 @@ def _write(out: Path, state: dict[str, Tensor], dialect: str, config: ViTConfig)
         out.mkdir(parents=True, exist_ok=True)
         write_aside(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
         write_aside(out / "config.json", common.as_json(export_config(config)))
+        if config.in_chans == 3:  # of flow and poses there are no pixels to normalise
+            write_aside(out / "preprocessor_config.json", common.as_json(export_preprocessor(config)))
         return
     if out.is_dir():
         raise ValueError(f"out must be a file for {dialect}, {str(out)!r} is a folder")
