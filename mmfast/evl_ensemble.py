@@ -29,7 +29,44 @@ class EnsembleConfig:
         return self.of
 
 
-class EVLEnsemble(nn.Module):
+class Ensembled(nn.Module):
+    """The ensemble of a model that has `logits(video, pack)`, a `device` and a `config`."""
+
+    config: EnsembleConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        raise NotImplementedError
+
+    def check_video(self, video: Tensor) -> Grid:
+        """The token grid of a video, or an error that says what is wrong with it."""
+        raise NotImplementedError
+
+    def logits(self, video: Tensor, pack: Pack) -> Tensor:
+        """[S, K] of the views of a pack."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def ensemble(
+        self, video: Tensor, views: int = 2, mask_ratio: float = 0.75, *, seed: int = 0, clip_ids: ClipIds = None
+    ) -> Tensor:
+        """The mean over tube-masked views of the class probabilities, fp32 [B, K].   seed, clip_ids: as in tube_masks."""
+        grid, device = self.check_video(video), self.device
+        ids = clip_id_tensor(clip_ids, video.shape[0], "cpu")
+
+        def run(clips: slice) -> Tensor:
+            chosen = ids[clips]
+            pack = sample_pack(len(chosen), views, grid, mask_ratio, seed=seed, clip_ids=chosen, device=device)
+            logits = self.logits(video[clips].to(device, non_blocking=True), pack)
+            return logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
+
+        size = micro_batch_size(views * grid[0] * kept_per_slot(grid, mask_ratio), device)
+        parts = run_in_micro_batches(run, len(ids), size)
+        return torch.cat(parts) if parts else torch.zeros(0, self.config.num_classes, device=device)
+
+
+class EVLEnsemble(Ensembled):
     """An EVL with the interface that predict and extract know from MaskedViT; its class query is the feature."""
 
     def __init__(self, evl: EVL) -> None:
@@ -42,6 +79,11 @@ class EVLEnsemble(nn.Module):
             (c.num_frames, *c.grid), frames, (height, width), chans, c.num_classes, c.width, c.to_dict()
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return self.evl.decoder.cls_token.device
+
     def check_video(self, video: Tensor) -> Grid:
         """The token grid of a video, or an error that says what is wrong with it."""
         return self.evl.check_video(video)
@@ -50,20 +92,6 @@ class EVLEnsemble(nn.Module):
         """The class query, [S, D]."""
         return self.evl.encode(video, mask)
 
-    @torch.no_grad()
-    def ensemble(
-        self, video: Tensor, views: int = 2, mask_ratio: float = 0.75, *, seed: int = 0, clip_ids: ClipIds = None
-    ) -> Tensor:
-        """The mean over tube-masked views of the class probabilities, fp32 [B, K].   seed, clip_ids: as in tube_masks."""
-        grid, device = self.check_video(video), self.evl.decoder.cls_token.device
-        ids = clip_id_tensor(clip_ids, video.shape[0], "cpu")
-
-        def run(clips: slice) -> Tensor:
-            chosen = ids[clips]
-            pack = sample_pack(len(chosen), views, grid, mask_ratio, seed=seed, clip_ids=chosen, device=device)
-            logits = self.evl(video[clips].to(device, non_blocking=True), pack)
-            return logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
-
-        size = micro_batch_size(views * grid[0] * kept_per_slot(grid, mask_ratio), device)
-        parts = run_in_micro_batches(run, len(ids), size)
-        return torch.cat(parts) if parts else torch.zeros(0, self.config.num_classes, device=device)
+    def logits(self, video: Tensor, pack: Pack) -> Tensor:
+        """[S, K]."""
+        return self.evl(video, pack)

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_runs import MAIN, run, write_checkpoint, write_labelled
-from makers import assert_same, mmcdfsl_stage2, tiny_config, tiny_mae_config
+from makers import assert_same, canonical, mmcdfsl_stage2, tiny_config, tiny_mae_config
+from numerics import relative_error
 from video_files import write_clip
 
 from mmfast.checkpoints import save_pretrained
@@ -221,6 +223,37 @@ def test_convert_there_and_back_keeps_every_tensor(checkpoint: Path, tmp_path: P
     assert "tensors loaded" in capsys.readouterr().out
     assert run("convert", there, back) == 0
     assert_same(MaskedViT.from_pretrained(back).state_dict(), MaskedViT.from_pretrained(checkpoint).state_dict())
+
+
+def test_convert_to_hugging_face_tells_how_pixels_are_normalised(tmp_path: Path) -> None:
+    """So that it comes back, and transformers' own processor has it."""
+    config = tiny_config(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    model = MaskedViT(config)
+    model.load_state_dict(canonical(config))
+    save_pretrained(model, tmp_path / "own")
+    assert run("convert", tmp_path / "own", tmp_path / "hf", "--to", "hf_videomae") == 0
+    again = MaskedViT.from_pretrained(tmp_path / "hf").config
+    assert (again.mean, again.std, again.img_size) == (config.mean, config.std, config.img_size)
+    flow = tmp_path / "flow"
+    save_pretrained(MaskedViT(tiny_config(in_chans=2)), flow)
+    assert run("convert", flow, tmp_path / "hf_flow", "--to", "hf_videomae") == 0
+    assert not (tmp_path / "hf_flow" / "preprocessor_config.json").exists()
+
+
+def test_transformers_reads_the_preprocessor_that_convert_writes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = tiny_config(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    model = MaskedViT(config)
+    model.load_state_dict(canonical(config))
+    save_pretrained(model, tmp_path / "own")
+    assert run("convert", tmp_path / "own", tmp_path / "hf", "--to", "hf_videomae") == 0
+    processor = transformers.VideoMAEImageProcessor.from_pretrained(tmp_path / "hf")
+    frames = list(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    theirs = processor(frames, return_tensors="pt")["pixel_values"].transpose(1, 2)
+    model = MaskedViT.from_pretrained(tmp_path / "hf")
+    raw = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
+    with torch.no_grad():
+        assert relative_error(model(raw), model(theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])

@@ -13,7 +13,8 @@ from test_vit import clips, make
 from torch import Tensor
 
 from mmfast import MaskedViT, tube_masks
-from mmfast.package import EnsembleProgram, package_ensemble
+from mmfast.package import package_ensemble
+from mmfast.programs import EnsembleProgram
 
 TOLERANCE = 1e-5
 IDS, SEED = [9, 4, 2**40], 2**63 - 5
@@ -130,7 +131,7 @@ def test_packaging_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         (dict(mask_ratio=1.0), "mask_ratio must lie in"),
         (dict(pixels=torch.int32), "pixels takes torch.uint8 or a floating dtype"),
         (dict(model=dict(num_classes=0)), "takes a classifier"),
-        (dict(model=dict(adapter_hidden=8)), "without adapters"),
+        (dict(classes=["one"]), "classes takes 7 names, one a class, got 1 of them"),
     ],
     ids=lambda x: str(x)[:24],
 )

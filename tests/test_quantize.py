@@ -209,7 +209,7 @@ def test_a_model_on_the_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="is torch.float32 on cuda"):
         model_of().cuda().quantize_int8()
     with pytest.raises(ValueError, match="in fp32 on the CPU without autocast, got torch.float32 on cuda"):
-        model_of().quantize_int8().cuda()(clips())
+        model_of().quantize_int8().cuda()(clips().cuda())
 
 
 def test_inference_mode() -> None:

@@ -4,12 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.clip import open_clip_source
+from ..clip import CLIP
+from ..clip_ensemble import CLIPEnsemble
+from ..data.captions import TEMPLATE
+from ..evl import EVL
 from ..evl_ensemble import EVLEnsemble
+from ..m2clip import M2CLIP
+from ..multiview import Model, text_features, text_scale
 from ..predict import predict
 from . import common
 from .features import HEADS, head_of
-from .views import add_decoder, load_evl
+from .views import add_decoder, load, prompts_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,8 +33,24 @@ def parser() -> argparse.ArgumentParser:
         "--classes", metavar="FILE", help="class names of the checkpoint: one a line, a JSON list, or CSV `id,name`"
     )
     p.add_argument("--top-k", type=int, default=5, help="classes named in a row (default: %(default)s)")
-    for add in (common.add_model, common.add_masks, common.add_clips):
-        add(p)
+    common.add_model(p)
+    group = p.add_argument_group("masks")
+    group.add_argument("--views", type=int, metavar="P", help="masked views a clip (default: 2, of a CLIP 1)")
+    group.add_argument(
+        "--mask-ratio", type=float, metavar="RHO", help="share of tubes removed (default: 0.75, of a CLIP 0)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
+    common.add_clips(p)
+    group = p.add_argument_group("CLIP and M2-CLIP")
+    group.add_argument("--zero-shot", action="store_true", help="know the classes of --classes by their texts")
+    group.add_argument("--adapters", metavar="FILE", help="M2-CLIP's adapters on the CLIP of --checkpoint")
+    group.add_argument("--vocabulary", metavar="PATH", help="CLIP's merges file or a tokenizer's folder")
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help=f"with {{}} for the name; several are averaged ({TEMPLATE!r})"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="prompts, one a line")
+    group.add_argument("--vision-num-heads", type=int, help="where the file cannot tell")
+    group.add_argument("--text-num-heads", type=int, help="where the file cannot tell")
     add_decoder(p.add_argument_group("EVL"))
     common.add_work(p, batch=16)
     return p
@@ -40,9 +61,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.head is not None and args.support is None:
         raise ValueError("--head is for --support: without it the checkpoint's own classifier predicts")
-    evl = load_evl(args, open_clip_source(args.checkpoint), args.num_heads)
-    model: Any = common.load_model(args) if evl is None else EVLEnsemble(evl)
+    if args.zero_shot and (args.support is not None or args.classes is None):
+        raise ValueError("--zero-shot needs --classes, the names of the classes, and no --support")
+    loaded = load(args)
     classes = common.read_names(args.classes) if args.classes else None
+    model = _classifier(args, loaded, classes)
+    whole = isinstance(loaded, CLIP | M2CLIP)  # which learnt on whole clips
+    views = (1 if whole else 2) if args.views is None else args.views
+    mask_ratio = (0.0 if whole else 0.75) if args.mask_ratio is None else args.mask_ratio
     if classes is None and args.support is None:
         classes = common.names_beside(Path(args.checkpoint), model.config.num_classes)
     report = predict(
@@ -53,8 +79,8 @@ def main(argv: list[str]) -> int:
         head=head_of(args.head or "logistic") if args.support else None,
         classes=classes,
         top_k=args.top_k,
-        views=args.views,
-        mask_ratio=args.mask_ratio,
+        views=views,
+        mask_ratio=mask_ratio,
         seed=args.seed,
         stride=args.stride,
         resize=args.resize,
@@ -67,3 +93,17 @@ def main(argv: list[str]) -> int:
         progress=not args.quiet,
     )
     return common.tell("predict", report, args.out if report.complete else f"{args.out}.parts (others are at work)")
+
+
+def _classifier(args: argparse.Namespace, loaded: Model, classes: list[str] | None) -> Any:
+    if isinstance(loaded, CLIP | M2CLIP):
+        if not args.zero_shot:
+            return CLIPEnsemble(loaded, num_frames=args.num_frames)
+        assert classes is not None
+        texts = text_features(loaded, prompts_of(args, loaded, classes))
+        return CLIPEnsemble(loaded, texts, text_scale(loaded), args.num_frames)
+    if args.zero_shot:
+        raise ValueError(
+            f"--zero-shot needs a model that knows texts, a CLIP or an M2CLIP, got {type(loaded).__name__}"
+        )
+    return EVLEnsemble(loaded) if isinstance(loaded, EVL) else loaded
