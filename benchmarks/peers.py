@@ -87,13 +87,15 @@ class PlainViT(nn.Module):
         D, tt, p = config.embed_dim, config.tubelet_size, config.patch_size
         self.tubelet, self.patch = tt, p
         self.grid = tuple(config.grid)
-        self.embed = nn.Conv3d(config.in_chans, D, (tt, p, p), stride=(tt, p, p))
-        self.blocks = nn.ModuleList(
-            Block(D, config.mlp_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(D, eps=config.norm_eps) if config.final_norm else nn.Identity()
-        self.fc_norm = nn.LayerNorm(D, eps=config.fc_norm_eps) if config.fc_norm else nn.Identity()
-        self.head = nn.Linear(D, config.num_classes)
+        with torch.device("meta"):  # drawing weights only to overwrite them takes seconds
+            self.embed = nn.Conv3d(config.in_chans, D, (tt, p, p), stride=(tt, p, p))
+            self.blocks = nn.ModuleList(
+                Block(D, config.mlp_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
+            )
+            self.norm = nn.LayerNorm(D, eps=config.norm_eps) if config.final_norm else nn.Identity()
+            self.fc_norm = nn.LayerNorm(D, eps=config.fc_norm_eps) if config.fc_norm else nn.Identity()
+            self.head = nn.Linear(D, config.num_classes)
+        self.to_empty(device="cpu")
         self.pos: Tensor
         self.mean: Tensor
         self.std: Tensor

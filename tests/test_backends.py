@@ -97,6 +97,21 @@ def test_refusal_gives_the_reason(backend: str, changes: dict[str, Any], reason:
 
 
 @pytest.mark.usefixtures("hopper")
+def test_cudnn_is_left_out_while_torch_has_to_be_deterministic() -> None:
+    """As torch does: asked for cuDNN alone, it would raise."""
+    long = case(n_q=1568, n_k=1568)
+    assert backends.choose(long)[0] == "cudnn"
+    torch.use_deterministic_algorithms(True)
+    try:
+        chosen, refused = backends.choose(long)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen == "triton"
+    assert "not deterministic" in refused["cudnn"]
+    assert backends.choose(long)[0] == "cudnn"
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("backend", ["triton", "cudnn", "flash_attn"])
 def test_old_devices_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "arch_of", lambda device: 75)

@@ -133,6 +133,8 @@ def _refusal_of_cudnn(case: Case) -> str | None:
         return "cuDNN takes sequences of one length only"
     if not torch.backends.cudnn.is_available() or not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN attention is not available in this torch, or switched off"
+    if _only_deterministic():
+        return "torch has cuDNN attention as not deterministic, and torch.use_deterministic_algorithms was called"
     if case.n_k < 2:
         return f"cuDNN takes two keys and more, got {case.n_k}"
     if case.d % 8 or case.d > 128:
@@ -173,7 +175,7 @@ def choose(case: Case) -> tuple[str, dict[str, str]]:
     wanted = forced()
     if wanted is not None:
         insist(wanted, case)
-    chosen, refused = _choose(case)
+    chosen, refused = _choose(case, _switches())
     return wanted or chosen, dict(refused)
 
 
@@ -187,11 +189,20 @@ def choose_for_gradient(case: Case, wanted: str | None) -> str:
         return wanted
     if torch.compiler.is_compiling():
         return next((name for name in OWN_BACKWARD if refusal(name, case) is None), "torch")
-    return _choose(case)[0]
+    return _choose(case, _switches())[0]
+
+
+def _only_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _switches() -> tuple[bool, bool]:
+    """Of torch's, those that a refusal depends on and that may be turned between two calls."""
+    return torch.backends.cuda.cudnn_sdp_enabled(), _only_deterministic()
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(case: Case) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _choose(case: Case, switches: tuple[bool, bool]) -> tuple[str, tuple[tuple[str, str], ...]]:
     reasons = {name: refusal(name, case) for name in NAMES}
     row = tables.lookup(
         "attention_backends",
