@@ -45,11 +45,12 @@ class Loaded:
     state: dict[str, Tensor]
     cells: int = CELLS
     slots: int = SLOTS
+    made: Rungs | None = None  # once, without compiled ones
 
     @classmethod
     def of(cls, run: Run, name: str) -> "Loaded":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        grid = {}
+        grid: dict[str, Any] = {}
         if run.quick:
             tiny.register()
             name, grid = tiny.NAME, {"cells": tiny.CELLS, "slots": tiny.SLOTS}
@@ -65,8 +66,12 @@ class Loaded:
 
     def rungs(self, run: Run, video: Tensor, *, compiled: bool = False, graphs: bool = True) -> Rungs:
         """Every way there is; compiled ones on a GPU alone, as they take minutes on a CPU."""
-        compiled = compiled and run.cuda
-        return Rungs(self.model, self.state, video, dtype=run.dtype, compiled=compiled, fused=True, graphs=graphs)
+        make = partial(Rungs, self.model, self.state, video, dtype=run.dtype, fused=True, graphs=graphs)
+        if compiled and run.cuda:
+            return make(compiled=True)
+        if self.made is None:
+            self.made = make(compiled=False)
+        return self.made.on(video, graphs)
 
     def video(self, clips: int) -> Tensor:
         """uint8 [B, C, F, H, W] over a decoder's layout, in host memory."""

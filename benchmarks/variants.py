@@ -91,6 +91,12 @@ class Rungs:
                 self.own[f"{OURS}, fused, tanh"] = copy.deepcopy(model).eval().fuse_for_inference("tanh")
         self.graphs = graphs and self.device.type == "cuda"
 
+    def on(self, video: Tensor, graphs: bool) -> "Rungs":
+        """The same models over other clips."""
+        other = copy.copy(self)
+        other.video, other.graphs = video, graphs and self.device.type == "cuda"
+        return other
+
     def masks(self, case: Case) -> Tensor:
         """bool [B, P, N], the masks that mmfast samples itself from the seed."""
         from mmfast import tube_masks

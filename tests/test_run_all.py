@@ -32,6 +32,7 @@ import run_all
 import scaling_inputs
 import sections
 import sections_models
+import sections_steps
 import variants
 from section_run import Run
 
@@ -177,6 +178,27 @@ def test_a_step_that_differs_is_red(tmp_path, monkeypatch):
     sections.SECTIONS["ted"](run)
     assert run.result["red"] == ["ted: results differ from the published ones"]
     assert run.result["rows"] == []
+
+
+def test_a_step_is_kept_from_before_what_is_compiled(tmp_path):
+    def main(arguments):
+        seen.append(arguments[arguments.index("--peers") + 1 : arguments.index("--device")])
+        if "compiled" in seen[-1] and len(seen) > 2:
+            raise RuntimeError("no compiler")
+        Path(arguments[-1]).write_text(json.dumps({"peers": seen[-1]}))
+        return 0
+
+    seen: list[list[str]] = []
+    run = Run(torch.device("cuda"), tmp_path / "section.json", time.monotonic() + 100)
+    for name in ("step", "other"):
+        sections_steps.script(run, name, main, [], 1.0, ("published", "compiled"))
+    assert seen == [["published"], ["published", "compiled"]] * 2
+    assert run.result["rows"] == [
+        {"step": "step", "peers": ["published", "compiled"]},
+        {"step": "other", "peers": ["published"]},
+    ]
+    assert run.result["red"] == ["other: RuntimeError: no compiler"]
+    assert list(tmp_path.glob("*.json")) == [tmp_path / "section.json"]
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):
