@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 
 from ..clip import CLIP
-from ..data.captions import TEMPLATE
 from ..extract import PRECISIONS, QUANTIZED
 from ..m2clip import M2CLIP
 from ..multiview import Model
 from ..package import KINDS, package_ensemble, package_zero_shot
 from ..vit import MaskedViT
 from . import common
-from .views import add_decoder, load, names_of, prompts_of
+from .views import add_clip, add_decoder, load, names_of, prompts_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,16 +33,7 @@ def parser() -> argparse.ArgumentParser:
         help="aoti: compiled for this kind of machine (default); export: a graph",
     )
     p.add_argument("--force", action="store_true", help="write over what is there")
-    group = p.add_argument_group("CLIP and M2-CLIP")
-    group.add_argument("--zero-shot", action="store_true", help="know the classes of --labels by their texts")
-    group.add_argument("--adapters", metavar="FILE", help="M2-CLIP's adapters on the CLIP of --checkpoint")
-    group.add_argument("--vocabulary", metavar="PATH", help="CLIP's merges file or a tokenizer's folder")
-    group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help=f"with {{}} for the name; several are averaged ({TEMPLATE!r})"
-    )
-    group.add_argument("--prompts", metavar="FILE", help="prompts, one a line")
-    group.add_argument("--vision-num-heads", type=int, help="where the file cannot tell")
-    group.add_argument("--text-num-heads", type=int, help="where the file cannot tell")
+    add_clip(p, "labels")
     add_decoder(p.add_argument_group("EVL"))
     return p
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from ..clip import CLIP
 from ..clip_ensemble import CLIPEnsemble
-from ..data.captions import TEMPLATE
 from ..evl import EVL
 from ..evl_ensemble import EVLEnsemble
 from ..m2clip import M2CLIP
@@ -14,7 +13,7 @@ from ..multiview import Model, text_features, text_scale
 from ..predict import predict
 from . import common
 from .features import HEADS, head_of
-from .views import add_decoder, load, prompts_of
+from .views import add_clip, add_decoder, load, prompts_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,16 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     common.add_clips(p)
-    group = p.add_argument_group("CLIP and M2-CLIP")
-    group.add_argument("--zero-shot", action="store_true", help="know the classes of --classes by their texts")
-    group.add_argument("--adapters", metavar="FILE", help="M2-CLIP's adapters on the CLIP of --checkpoint")
-    group.add_argument("--vocabulary", metavar="PATH", help="CLIP's merges file or a tokenizer's folder")
-    group.add_argument(
-        "--prompt", action="append", metavar="TEXT", help=f"with {{}} for the name; several are averaged ({TEMPLATE!r})"
-    )
-    group.add_argument("--prompts", metavar="FILE", help="prompts, one a line")
-    group.add_argument("--vision-num-heads", type=int, help="where the file cannot tell")
-    group.add_argument("--text-num-heads", type=int, help="where the file cannot tell")
+    add_clip(p, "classes")
     add_decoder(p.add_argument_group("EVL"))
     common.add_work(p, batch=16)
     return p

@@ -82,6 +82,20 @@ def view_parser(protocol: str, about: str, several: bool) -> argparse.ArgumentPa
     return p
 
 
+def add_clip(parser: argparse.ArgumentParser, names: str) -> None:
+    """What a CLIP or M2-CLIP is loaded and told its classes with.   names: the option that has the classes' names."""
+    group = parser.add_argument_group("CLIP and M2-CLIP")
+    group.add_argument("--zero-shot", action="store_true", help=f"know the classes of --{names} by their texts")
+    group.add_argument("--adapters", metavar="FILE", help="M2-CLIP's adapters on the CLIP of --checkpoint")
+    group.add_argument("--vocabulary", metavar="PATH", help="CLIP's merges file or a tokenizer's folder")
+    group.add_argument(
+        "--prompt", action="append", metavar="TEXT", help=f"with {{}} for the name; several are averaged ({TEMPLATE!r})"
+    )
+    group.add_argument("--prompts", metavar="FILE", help="prompts, one a line")
+    group.add_argument("--vision-num-heads", type=int, help="where the file cannot tell")
+    group.add_argument("--text-num-heads", type=int, help="where the file cannot tell")
+
+
 def add_decoder(group: Any) -> None:
     """--decoder and --interpolate, of load_evl."""
     group.add_argument("--decoder", metavar="FILE", help="EVL's decoder, on the backbone of --checkpoint")
