@@ -273,8 +273,8 @@ def joint_biases(blocks: nn.ModuleList) -> Sequence[Tensor | None]:
         if type(block) is not Block or type(block.attn) is not Attention or block.quantized is not None:
             return own  # sharded ones have a class of their own
         q_bias, v_bias = block.attn.q_bias, block.attn.v_bias
-        if q_bias is None or v_bias is None:
-            return own
+        if q_bias is None or v_bias is None or 3 * q_bias.numel() != block.attn.qkv.out_features:
+            return own  # of partitioned ones nothing is there before the forward
         pairs.append((q_bias, v_bias))
     if len({(bias.device, bias.dtype) for pair in pairs for bias in pair}) != 1 or pairs[0][0].is_meta:
         return own

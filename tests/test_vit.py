@@ -80,11 +80,13 @@ def test_blocks_that_are_not_plainly_ours_make_their_own_biases() -> None:
     class Sharded(Block):
         """As FSDP does it: the block's class is another one, which gathers the parameters for its forward alone."""
 
-    sharded, offloaded = make().blocks, make().blocks
+    sharded, offloaded, partitioned = (make().blocks for _ in range(3))
     sharded[1].__class__ = Sharded
     offloaded[1].to("meta")
+    for parameter in partitioned.parameters():  # as ZeRO-3 does it: empty until the forward
+        parameter.data = torch.empty(0)
     with torch.no_grad():
-        for blocks in (sharded, offloaded, make(qkv_bias="full").blocks):
+        for blocks in (sharded, offloaded, partitioned, make(qkv_bias="full").blocks):
             assert list(joint_biases(blocks)) == [None] * len(blocks)
     assert list(joint_biases(make().blocks)) == [None] * 3, "where a gradient is wanted"
 
