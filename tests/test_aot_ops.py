@@ -94,6 +94,22 @@ def test_pool(d: int, arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("d", [1536, 3072, 4096, 5120])
+def test_means_of_hidden_layers(d: int, arch: int) -> None:
+    config = tables.lookup("pool", d=d).config
+    signature = {"tokens_ptr": "*bf16", "sums_ptr": "*fp32", "tokens_stride": "i32", "length": "i32", "eps": "fp32"}
+    report = compile_ops(
+        pool_triton.segment_sums_kernel, signature, {"NORM": False, "cu_ptr": None}, pool.geometry(d, config), arch
+    )
+    assert report.check().load_bits.keys() == {128}, report
+    signature = {"sums_ptr": "*fp32", "y_ptr": "*bf16", "mean_ptr": "*fp32", "length": "i32", "eps": "fp32"}
+    names = ("cu", "token_weight", "token_bias", "weight", "bias", "centre", "rstd")
+    left_out = {f"{name}_ptr": None for name in names}
+    report = compile_ops(pool_triton.segment_mean_kernel, signature, left_out, pool.mean_geometry(d, config), arch)
+    assert report.check().load_bits.keys() == {128}, report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_ensemble(arch: int) -> None:
     signature = {"logits_ptr": "*bf16", "probs_ptr": "*fp32", "clip_stride": "i32", "view_stride": "i32"}
     signature |= {"n_views": "i32", "n_classes": "i32"}
