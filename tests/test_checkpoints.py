@@ -235,9 +235,10 @@ def test_hf_preprocessor_says_how_pixels_are_normalised(
         assert relative_error(model(raw), model(normalised(raw.double()).float())) <= 1e-5
 
 
-def test_a_preprocessor_without_statistics_leaves_the_usual_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("about", ['{"size": 224}', '{"image_mean": null, "image_std": null}'])
+def test_a_preprocessor_without_statistics_leaves_the_usual_ones(about: str, tmp_path: Path) -> None:
     folder = save_hf(tmp_path / "m", hf_videomae(canonical(tiny_config())), hf_config(tiny_config()))
-    (folder / "preprocessor_config.json").write_text('{"size": 224}')
+    (folder / "preprocessor_config.json").write_text(about)
     assert convert(folder).config.mean == tiny_config().mean
 
 

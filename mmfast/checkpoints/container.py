@@ -97,13 +97,13 @@ def _config_in(folder: Path) -> dict[str, Any] | None:
 def pixel_fields(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """mean and std, on px/255, that a Hugging Face folder's preprocessor has; nothing where there is none."""
     about = (config or {}).get("preprocessor") or {}
-    if not {"image_mean", "image_std"} <= about.keys():
+    mean, std = about.get("image_mean"), about.get("image_std")
+    if not mean or not std:  # absent, or null
         return {}
-    mean, std = about["image_mean"], about["image_std"]
     if about.get("do_normalize") is False:
         mean, std = [0.0] * len(mean), [1.0] * len(std)
     # Of pixels that are multiplied by another number than 1 / 255.
-    factor = round(255 * (1.0 if about.get("do_rescale") is False else about.get("rescale_factor", 1 / 255)), 9)
+    factor = round(255 * (1.0 if about.get("do_rescale") is False else about.get("rescale_factor") or 1 / 255), 9)
     return {"mean": tuple(value / factor for value in mean), "std": tuple(value / factor for value in std)}
 
 
