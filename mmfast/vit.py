@@ -23,8 +23,6 @@ from .layers import (
     Constant,
     LayerNorm,
     Linear,
-    is_bare,
-    joint_biases,
     pixel_affine,
     resize_positions,
     run_block,
@@ -34,13 +32,13 @@ from .layers import (
 )
 from .masks import ClipIds, Grid, Pack, check_mask, check_tubes, full_pack, join_packs, pack_masks, video_grid
 from .quantize import Quantizable
+from .timm_names import TimmNames, init_weights
+from .vit_encoder import Encoder, joined, norm_arguments
 
 if TYPE_CHECKING:
     from .checkpoints import LoadReport
 
 Mask = Tensor | Pack | None
-Stream = tuple[Tensor, Tensor | None]
-MEAN_TOKENS = 8_192  # fewer than this keep a GPU busy for less time than two more launches take
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_chans, config.embed_dim, kernel, kernel)
 
 
-class MaskedViT(Quantizable, Fusible):
+class MaskedViT(TimmNames, Encoder, Quantizable, Fusible):
     """VideoMAE's ViT (arXiv 2203.12602) on masked clips.
 
     video: [B, C, F, H, W] on any strides, float and normalised already, or uint8 and normalised inside with config.mean and
@@ -100,7 +98,7 @@ class MaskedViT(Quantizable, Fusible):
         self._positions = Constant(sinusoid_positions(config.num_tokens, dim))
         self._pixel_affine = pixel_affine(config.mean, config.std)
         self.grad_checkpointing = False
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self.use_adapters = True
         if config.adapter_hidden:
             place_adapters(self.blocks, dim, _placement(config))
@@ -155,7 +153,7 @@ class MaskedViT(Quantizable, Fusible):
             pooled = tokens.reshape(-1, n, dim)[:, 0]
             pooled = pooled if self.fc_norm is None else self.fc_norm(pooled, pooled.dtype)
         else:
-            weight, bias, eps = _norm_arguments(self.fc_norm)
+            weight, bias, eps = norm_arguments(self.fc_norm)
             pooled = segment_mean_norm(flat, None, length=n, weight=weight, bias=bias, eps=eps)
         pooled = pooled.reshape(*lead, dim)
         return pooled if pre_logits else self.head(self._dropout(pooled))
@@ -211,7 +209,7 @@ class MaskedViT(Quantizable, Fusible):
         for i, block in enumerate(self.blocks):
             x, branch = run_block(block, x, branch, pack, self.grad_checkpointing, layout)
             if i in wanted:
-                taken.append(self._normed((x, branch)) if norm else _joined((x, branch)))
+                taken.append(self._normed((x, branch)) if norm else joined((x, branch)))
         shape = (*lead, pack.length)
         taken = [t.unflatten(0, shape) for t in taken]
         return taken if intermediates_only else (self._normed((x, branch)).unflatten(0, shape), taken)
@@ -320,38 +318,6 @@ class MaskedViT(Quantizable, Fusible):
         for block in self.blocks:
             block.use_adapters = on  # type: ignore[assignment]  # blocks are Blocks
 
-    # timm's names
-
-    @property
-    def num_features(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def embed_dim(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    def get_num_layers(self) -> int:
-        return len(self.blocks)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head of `num_classes` classes; 0 removes it. global_pool: "mean" or "first"."""
-        changes: dict[str, Any] = {"num_classes": num_classes} | ({"pool": global_pool} if global_pool else {})
-        self.config = replace(self.config, **changes)
-        like = self.patch_embed.proj.weight
-        head = Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head = head.to(like.device, like.dtype)
-        self.head.apply(_init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
     def set_grad_checkpointing(self, enable: bool = True, what: str = "block") -> None:
         """Keep less for the backward and compute it again there.   what: whole blocks, or the hidden layers of the "mlp" only."""
         self.grad_checkpointing = set_recompute(self.blocks, enable, what)
@@ -398,80 +364,6 @@ class MaskedViT(Quantizable, Fusible):
         capturing = pack.keep_idx.is_cuda and torch.cuda.is_current_stream_capturing()
         return FrameLayout.of_pack(pack, grid, check=not pack.tubes and not capturing)
 
-    def _features(self, x: Tensor, pack: Pack, grid: Grid | None) -> Tensor:
-        """Pooled features [S, D] of embedded tokens [T, D]."""
-        if not self._means_suffice(pack):
-            return self._pool(self._encode(x, pack, grid), pack)
-        layout = self._layout(pack, grid or self.config.grid)
-        if self.fused is not None:
-            mean = self.fused.forward_mean(x, pack, layout)
-        else:
-            biases, last = joint_biases(self.blocks), len(self.blocks) - 1
-            stream = self._through(x, pack, layout, biases[:-1])
-            with profiling.range(f"block{last}"):
-                mean = self.blocks[last].forward_mean(*stream, pack, layout, biases[last])  # type: ignore[operator]  # a Block's
-        with profiling.range("pool"):
-            return mean.to(x.dtype) if self.fc_norm is None else self.fc_norm(mean, x.dtype)
-
-    def _means_suffice(self, pack: Pack) -> bool:
-        """Whether the last block's tokens are read for nothing but their means, and few means stand for many tokens."""
-        last = self.blocks[-1]
-        return (
-            self.config.pool == "mean"
-            and self.norm is None
-            and pack.length is not None
-            and not self.training
-            and not torch.is_grad_enabled()
-            and (self.fused is not None or is_bare(last))
-            and (self._device.type != "cuda" or pack.num_tokens >= MEAN_TOKENS)
-        )
-
-    def _encode(self, x: Tensor, pack: Pack, grid: Grid | None = None) -> Stream:
-        """The residual stream after the last block, and the branch still to be added to it, if any."""
-        layout = self._layout(pack, grid or self.config.grid)
-        if self.fused is not None:
-            return self.fused(x, pack, layout), None
-        return self._through(x, pack, layout, joint_biases(self.blocks))
-
-    def _through(self, x: Tensor, pack: Pack, layout: FrameLayout | None, biases: Sequence[Tensor | None]) -> Stream:
-        """As _encode, after the first blocks, whose biases are given."""
-        branch = None
-        for i, bias in enumerate(biases):
-            with profiling.range(f"block{i}"):
-                x, branch = run_block(
-                    self.blocks[i], x, branch, pack, self.grad_checkpointing, layout, None, None, bias
-                )
-        return x, branch
-
-    def _normed(self, stream: Stream) -> Tensor:
-        x, branch = stream
-        if self.norm is None:
-            return _joined(stream)
-        # Features keep the stream's dtype under autocast, as plain torch's do.
-        return self.norm(x, x.dtype) if branch is None else self.norm.add(x, branch, x.dtype)[1]
-
-    def _pool(self, stream: Stream, pack: Pack) -> Tensor:
-        with profiling.range("pool"):
-            if self.config.pool == "first":
-                starts = pack.cu_seqlens[:-1]
-                x, branch = (None if t is None else t.index_select(0, starts) for t in stream)
-                assert x is not None
-                first = self._normed((x, branch))
-                return first if self.fc_norm is None else self.fc_norm(first, first.dtype)
-            weight, bias, eps = _norm_arguments(self.fc_norm)
-            token_weight, token_bias, token_eps = _norm_arguments(self.norm)
-            return segment_mean_norm(
-                _joined(stream),
-                pack.cu_seqlens if pack.length is None else None,
-                length=pack.length,
-                weight=weight,
-                bias=bias,
-                eps=eps,
-                token_weight=token_weight,
-                token_bias=token_bias,
-                token_eps=token_eps,
-            )
-
     def _dropout(self, features: Tensor) -> Tensor:
         return F.dropout(features, self.config.head_drop_rate, self.training)
 
@@ -480,21 +372,5 @@ class MaskedViT(Quantizable, Fusible):
         return self.patch_embed.proj.weight.device
 
 
-def _joined(stream: Stream) -> Tensor:
-    x, branch = stream
-    return x if branch is None else x + branch
-
-
 def _placement(config: ViTConfig) -> AdapterPlacement:
     return AdapterPlacement(config.adapter_layers, config.adapter_before, config.adapter_hidden, "ted")
-
-
-def _norm_arguments(norm: LayerNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
-    return (None, None, 1e-6) if norm is None else (norm.weight, norm.bias, norm.eps)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -31,6 +31,8 @@ FLOORS = {
     "mmfast.data": 2,
     "mmfast.graphs": 2.4,
     "mmfast.ensemble": 2.5,  # below the model: it knows a protocol, and vit.py calls it
+    "mmfast.timm_names": 2.9,
+    "mmfast.vit_encoder": 2.9,
     "mmfast.vit": 3,
     "mmfast.checkpoints": 3,
     "mmfast.mae": 3,
